@@ -1,0 +1,761 @@
+#!/usr/bin/env python3
+"""A TCP echo server built on poll(2): one thread, one loop, every byte back.
+
+It is here to be read, and to be relied on as the far end of a test.  The file
+follows a connection's life: the tables and limits, then accept, receive, send
+and close, then the loop, then stopping, then the command line.
+
+Whenever the loop returns to poll(), this holds:
+
+* Every open connection is in ``fd_to_socket``, in ``connections`` and in the
+  poller.  A descriptor leaves all of them before its number can be reused.
+* It is in ``queues`` exactly while bytes wait that the kernel would not take.
+  New bytes then go behind them, so that nothing overtakes.
+* Its registered mask is what ``PollServer._interest`` says of its state:
+
+      waiting bytes      peer's sending side    mask
+      none               open                   READ_ONLY
+      some, room left    open                   READ_WRITE
+      queue full         open                   WRITE_ONLY (TCP slows the peer)
+      some               finished (EOF read)    WRITE_ONLY
+      none               finished               close
+
+* A handler acts on one event of one descriptor and closes no other one; each
+  descriptor is at most once in the list that poll() returns.  So no event can
+  reach a connection that it was not meant for.
+
+What each event means on a TCP socket, and what is done about it:
+
+      POLLIN    bytes, EOF or a connection to accept  one bounded receive
+      POLLPRI   an urgent byte is in the stream       the same: it is in line
+      POLLOUT   a third of the send buffer is free    send what waits
+      POLLERR   the connection failed (SO_ERROR)      close: it is dead
+      POLLHUP   both directions are shut              close: it is dead
+      POLLNVAL  somebody else closed the descriptor   forget it, do not close
+
+The last three are reported whether asked for or not (poll(2)).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import math
+import os
+import queue
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("poll_server")
+
+POLLIN = select.POLLIN
+READ_ONLY = select.POLLIN | select.POLLPRI
+WRITE_ONLY = select.POLLOUT
+READ_WRITE = READ_ONLY | WRITE_ONLY
+DEAD = select.POLLERR | select.POLLHUP | select.POLLNVAL
+
+TIMEOUT = 1000  # milliseconds that poll() waits at most: when housekeeping is due
+RECEIVE_SIZE = 224 * 1024  # bytes per receive: 128 KiB moves 0.92 times as much, 512 KiB no more
+CHUNK_SIZE = 8 * 1024  # bytes per receive while others wait already
+QUEUE_CHUNKS = 3  # with the two above 240 KiB at most wait for one peer
+ACCEPTS_PER_TURN = 64  # about 2 ms; a flood of connects must not hold up the others
+LULL = 50  # empty polls, about 50 us, before the loop sleeps: see PollServer._turn
+POLL_RETRY = 0.1  # seconds to wait when poll() itself fails
+GRACE = 5.0  # seconds that peers get to take their bytes when the server stops
+SETTLE = 0.2  # seconds for what a slow peer's kernel still holds: delayed ACKs take 0.04
+DRAIN_TURN = 50  # milliseconds between two looks at who is done
+EXCERPT = 64  # bytes of the data shown by -v
+
+
+class Connection:
+    """What is known of one peer beside its socket and its queue.
+
+    ``received`` counts the bytes read from it, ``waiting`` those of them that
+    were not sent back yet, ``unsent`` holds the part of the first waiting chunk
+    that a partial send left.  ``moved`` and ``since`` are how many bytes had gone
+    either way at the last look, and at which look (seconds, monotonic) they first
+    had; ``stalled`` means that bytes had to wait while the server was stopping.
+    """
+
+    __slots__ = (
+        "finished",
+        "mask",
+        "moved",
+        "peer",
+        "received",
+        "since",
+        "stalled",
+        "unsent",
+        "waiting",
+    )
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.received = self.waiting = self.moved = 0
+        self.unsent = b""
+        self.finished = False
+        self.stalled = False
+        self.mask = READ_ONLY
+        self.since = time.monotonic()
+
+    def quiet_for(self, now: float) -> float:
+        """Seconds since the first look that found the bytes moved as far as they are."""
+        moved = 2 * self.received - self.waiting  # what came plus what went
+        if moved != self.moved:
+            self.moved, self.since = moved, now
+        return now - self.since
+
+
+class PollServer:
+    """An echo server with the interface of ``socketserver.BaseServer``.
+
+    ``address`` is ``(host, port)``: it listens on every address of that host
+    (all addresses of the machine if the host is empty) and on the same port on
+    each; port 0 takes a free one.  ``max_connections`` (None: no limit) leaves
+    further peers in the kernel's backlog, ``idle_timeout`` (seconds, None:
+    never) closes a peer for which no byte has moved for so long, looked at
+    every second, ``reuse_port`` lets several processes share the port
+    (SO_REUSEPORT, socket(7)).
+
+    Raises ``OSError`` when the host cannot be resolved (``socket.gaierror``) or
+    an address cannot be bound; its ``strerror`` is a line for the user.
+
+    ``server_address`` is the first address listened on, ``cut`` the number of
+    connections that had to be cut when the server stopped.
+    """
+
+    grace = GRACE
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        *,
+        max_connections: int | None = None,
+        idle_timeout: float | None = None,
+        reuse_port: bool = False,
+    ) -> None:
+        self.max_connections = max_connections
+        self.idle_timeout = math.inf if idle_timeout is None else idle_timeout
+        self.fd_to_socket: dict[int, socket.socket] = {}
+        self.connections: dict[int, Connection] = {}
+        self.queues: dict[int, queue.Queue[bytes]] = {}
+        self.cut = 0
+
+        self._buffer = memoryview(bytearray(RECEIVE_SIZE))
+        self._small_buffer = self._buffer[:CHUNK_SIZE]
+        self._tracing = False
+        self._accepting = False
+        self._refusing = False  # an episode of accepting nothing, reported once
+        self._stops = 0  # how often it was asked to stop
+        self._housekeeping_due = 0.0
+        self._serving = threading.RLock()  # held while the loop runs
+
+        listeners = listen(*address, reuse_port=reuse_port)
+        self.server_address: tuple[str, int] = listeners[0].getsockname()[:2]
+        self.listeners = {listener.fileno(): listener for listener in listeners}
+        # The self-pipe trick: a byte in here is a request to stop, and poll()
+        # sees it however close before the call the signal or shutdown() came.
+        self._wakeup, self.waker = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self.waker.setblocking(False)
+        self.poller = select.poll()
+        self.poller.register(self._wakeup, READ_ONLY)
+        self._busy: set[int] = set()
+        self._busy_poller = select.poll()
+        self._busy_poller.register(self._wakeup, READ_ONLY)
+        self._resume_accepting()
+        for listener in listeners:
+            log.info("listening on %s", printable(listener.getsockname()))
+
+    # -- The life of a connection -------------------------------------------------
+
+    def _accept(self, listener: socket.socket, most: int = ACCEPTS_PER_TURN) -> None:
+        """Take up to ``most`` connections from the backlog, or as many as there is room for."""
+        failed = False
+        for _ in range(most):
+            if self.max_connections and len(self.connections) >= self.max_connections:
+                self._pause_accepting(logging.INFO, f"{self.max_connections} connections, the most")
+                return
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:  # the backlog is empty
+                self._refusing = False
+                return
+            except OSError as error:
+                # accept(2): a connection that was aborted while it waited fails
+                # alone, so try the next.  What fails twice running will last:
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM.
+                if failed:
+                    self._pause_accepting(logging.WARNING, f"accept: {error.strerror}")
+                    return
+                failed = True
+                continue
+            failed = False
+            peer = printable(address)
+            try:
+                sock.setblocking(False)
+            except OSError as error:  # ioctl(2) can fail for want of memory
+                log.info("%s refused: %s", peer, error.strerror)
+                close(sock)
+                continue
+            fd = sock.fileno()
+            self.fd_to_socket[fd] = sock
+            self.connections[fd] = Connection(peer)
+            self._busy.add(fd)
+            self._watch(fd, READ_ONLY)
+            log.info("%s opened", peer)
+
+    def _receive(self, fd: int, connection: Connection) -> None:
+        """Receive once and echo at once; what the kernel does not take waits in a queue."""
+        sock = self.fd_to_socket[fd]
+        waiting = connection.waiting
+        try:
+            size = sock.recv_into(self._small_buffer if waiting else self._buffer)
+        except BlockingIOError:  # a false alarm: poll(2), BUGS
+            return
+        except OSError as error:
+            self._close(fd, f"receive failed: {error.strerror}")
+            return
+        data = self._buffer[:size]
+        if self._tracing:
+            log.debug("%s received %s", connection.peer, excerpt(data))
+        if not size:
+            connection.finished = True
+            self._update(fd, connection)
+            return
+        connection.received += size
+        if not waiting:
+            try:
+                sent = sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._close(fd, f"send failed: {error.strerror}")
+                return
+            if self._tracing:
+                log.debug("%s sent %s", connection.peer, excerpt(data[:sent]))
+            if sent == size:
+                return
+            data = data[sent:]
+            self.queues[fd] = queue.Queue(QUEUE_CHUNKS)
+        self.queues[fd].put_nowait(bytes(data))
+        connection.waiting += len(data)
+        self._update(fd, connection)
+
+    def _send_waiting(self, fd: int, connection: Connection) -> None:
+        """Send what waits, until nothing does or the kernel takes no more."""
+        waiting = self.queues[fd]
+        while connection.waiting:
+            chunk = connection.unsent or waiting.get_nowait()
+            sent = self._send(fd, connection, chunk)
+            if sent is None:
+                return
+            connection.unsent = chunk[sent:]
+            connection.waiting -= sent
+            if connection.unsent:
+                break
+        else:
+            del self.queues[fd]
+        self._update(fd, connection)
+
+    def _send(self, fd: int, connection: Connection, data: bytes | memoryview) -> int | None:
+        """Send once; the number of bytes the kernel took, or None if that closed it."""
+        try:
+            sent = self.fd_to_socket[fd].send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:  # EPIPE, ECONNRESET: the peer is gone
+            self._close(fd, f"send failed: {error.strerror}")
+            return None
+        if self._tracing:
+            log.debug("%s sent %s", connection.peer, excerpt(data[:sent]))
+        return sent
+
+    def _interest(self, fd: int, connection: Connection) -> int:
+        """The mask that a connection's state asks for; 0 means that it is done."""
+        waiting = self.queues.get(fd)
+        if waiting is None:
+            return 0 if connection.finished else READ_ONLY
+        if connection.finished or waiting.full():
+            return WRITE_ONLY
+        return READ_WRITE
+
+    def _update(self, fd: int, connection: Connection) -> None:
+        """Bring the registered mask in line with the state, or close what is done."""
+        mask = self._interest(fd, connection)
+        if not mask:
+            self._close(fd, "end of file")
+        elif mask != connection.mask:
+            if self._tracing:
+                names = flag_names(connection.mask), flag_names(mask)
+                log.debug("%s mask %s -> %s", connection.peer, *names)
+            connection.mask = mask
+            self._watch(fd, mask)
+
+    def _close(self, fd: int, why: str) -> None:
+        self.poller.unregister(fd)
+        if fd in self._busy:
+            self._busy.remove(fd)
+            self._busy_poller.unregister(fd)
+        connection = self.connections.pop(fd)
+        self.queues.pop(fd, None)
+        close(self.fd_to_socket.pop(fd))
+        received, sent = connection.received, connection.received - connection.waiting
+        log.info("%s closed: %d bytes in, %d out, %s", connection.peer, received, sent, why)
+        if not self._accepting and not self._stops:
+            self._resume_accepting()
+
+    # -- The loop -----------------------------------------------------------------
+
+    def serve_forever(self) -> None:
+        """Serve until ``shutdown()``, then drain; returns when the last connection is closed.
+
+        Once stopped it does not start again: later calls return at once.
+        """
+        with self._serving:
+            self._tracing = log.isEnabledFor(logging.DEBUG)
+            while self.listeners and not self._stops:
+                self._turn()
+            if self.listeners:
+                self._drain()
+
+    def _turn(self) -> None:
+        """Poll everybody and serve who is ready, then stay a while with the busy ones.
+
+        poll(2) looks at every descriptor that it is given, at 0.2 to 0.4 us each,
+        so a thousand silent connections cost far more than the work for a busy
+        one.  Therefore those with events are polled on their own too, until they
+        have done a share of work that grows with the number of connections (so
+        that polls of everybody take about a constant part of the time, and a
+        silent peer that speaks waits for a few of them at most) or until nothing
+        came for LULL polls.  The lull also saves going to sleep, which costs more
+        than the wait for the next message where few peers answer fast: 2.8 times
+        the messages with one connection, 1.3 times with three.
+        """
+        events = self._poll(self.poller, TIMEOUT)
+        work, share = len(events), LULL + len(self.connections) // 8
+        if work < share:
+            self._mark_busy(events, share)
+        self._serve(events)
+        empty = 0
+        while work < share and empty < LULL:
+            events = self._poll(self._busy_poller, 0)
+            if events:
+                work += len(events)
+                empty = 0
+                self._serve(events)
+            else:
+                empty += 1
+                os.sched_yield()  # whoever shares this core goes first: half the loss there
+        now = time.monotonic()
+        if now >= self._housekeeping_due:
+            self._housekeeping_due = now + TIMEOUT / 1000
+            self._keep_house(now)
+
+    def _poll(self, poller: select.poll, timeout: int) -> list[tuple[int, int]]:
+        try:
+            return poller.poll(timeout)
+        except OSError as error:  # poll(2): ENOMEM, or EINVAL after prlimit(2) took descriptors
+            log.warning("poll: %s, next try in %g s", error.strerror, POLL_RETRY)
+            time.sleep(POLL_RETRY)
+            return [(self._wakeup.fileno(), select.POLLIN)]  # a stop must still get through
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
+        """Act on each event once."""
+        connections, receive, tracing = self.connections, self._receive, self._tracing
+        for fd, flags in events:
+            connection = connections.get(fd)
+            if tracing:
+                name = connection.peer if connection else f"fd {fd}"
+                log.debug("poll: %s %s", name, flag_names(flags))
+            if connection is None:
+                self._serve_own(fd)
+            elif flags == POLLIN:  # by far the most frequent
+                receive(fd, connection)
+            elif flags & DEAD:
+                self._bury(fd, flags)
+            else:
+                if flags & select.POLLOUT:
+                    self._send_waiting(fd, connection)
+                if flags & READ_ONLY and fd in self.connections:
+                    self._receive(fd, connection)
+
+    def _serve_own(self, fd: int) -> None:
+        """An event on a socket of the server's own: a listener or the wake-up."""
+        if fd in self.listeners:
+            self._accept(self.listeners[fd])
+        elif fd == self._wakeup.fileno():
+            try:
+                self._stops += len(self._wakeup.recv(16))
+            except OSError:  # nothing there, or a failed call: poll() will tell again
+                pass
+
+    def _bury(self, fd: int, flags: int) -> None:
+        """Close a connection that the kernel reports dead, with its reason."""
+        sock = self.fd_to_socket[fd]
+        if flags & select.POLLNVAL:
+            sock.detach()  # the number may be somebody else's by now: not ours to close
+            self._close(fd, "its descriptor was closed")
+            return
+        try:
+            reason = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:
+            reason = error.errno or 0
+        self._close(fd, os.strerror(reason) if reason else "hung up")
+
+    # -- Who is polled --------------------------------------------------------------
+
+    def _watch(self, fd: int, mask: int) -> None:
+        self.poller.register(fd, mask)
+        if fd in self._busy:
+            self._busy_poller.register(fd, mask)
+
+    def _mark_busy(self, events: list[tuple[int, int]], most: int) -> None:
+        """Add who has an event to the busy ones, starting anew when they get too many."""
+        if len(self._busy) > most:
+            self._busy.clear()
+            self._busy_poller = select.poll()
+            self._busy_poller.register(self._wakeup, READ_ONLY)
+            if self._accepting:
+                for fd in self.listeners:
+                    self._busy_poller.register(fd, READ_ONLY)
+        for fd, _ in events:
+            if fd not in self._busy and fd in self.connections:
+                self._busy.add(fd)
+                self._busy_poller.register(fd, self.connections[fd].mask)
+
+    def _pause_accepting(self, level: int, why: str) -> None:
+        """Leave who connects in the backlog, until a connection closes or housekeeping is due."""
+        self._accepting = False
+        for fd in self.listeners:
+            self.poller.unregister(fd)
+            self._busy_poller.unregister(fd)
+        if not self._refusing:
+            self._refusing = True
+            log.log(level, "not accepting: %s; who connects waits in the backlog", why)
+
+    def _resume_accepting(self) -> None:
+        self._accepting = True
+        for fd in self.listeners:
+            self.poller.register(fd, READ_ONLY)
+            self._busy_poller.register(fd, READ_ONLY)
+
+    def _keep_house(self, now: float) -> None:
+        """Once a second: try again to accept, close who has been silent for too long."""
+        if not self._accepting:
+            self._resume_accepting()
+        for fd, connection in list(self.connections.items()):
+            if connection.quiet_for(now) >= self.idle_timeout:
+                self._close(fd, f"idle for {self.idle_timeout:g} s")
+
+    # -- Stopping -------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Ask the loop to drain and wait until it has stopped; wakes it at once.
+
+        For another thread, or a signal handler in the loop's own (which then
+        returns at once).  Draining closes the listeners and echoes what peers
+        have sent already; after ``grace`` seconds, or at a second call, the rest
+        is cut.
+        """
+        try:
+            self.waker.send(b"\0")
+        except OSError:  # full of requests already, or closed
+            pass
+        with self._serving:
+            pass
+
+    def server_close(self) -> None:
+        """Stop the loop if it runs, and close everything that is still open."""
+        self.shutdown()
+        with self._serving:
+            for fd in list(self.connections):
+                self._close(fd, "server closed")
+            self._close_listeners()
+            self._wakeup.close()
+            self.waker.close()
+
+    def __enter__(self) -> PollServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server_close()
+
+    def _drain(self) -> None:
+        """Echo what is on its way, and close each connection when nothing of it is left.
+
+        Nothing left: no bytes wait for it, poll() finds none to read, and none came
+        for SETTLE seconds before the stop.  A peer whose bytes had to wait may have
+        more in its own kernel, held back until ours has room: SETTLE after those.
+        """
+        log.info("stopping: %d connections are open", len(self.connections))
+        for listener in self.listeners.values():
+            if self._accepting:  # who is in the backlog is connected, and may have sent
+                self._accept(listener, socket.SOMAXCONN)
+        self._close_listeners()
+        now = time.monotonic()
+        deadline = now + self.grace
+        for connection in self.connections.values():
+            connection.quiet_for(now)
+        timeout = 0
+        while self.connections and self._stops < 2 and now < deadline:
+            events = self._poll(self.poller, timeout)
+            self._serve(events)
+            active = dict(events)
+            now = time.monotonic()
+            for fd, connection in list(self.connections.items()):
+                if fd in self.queues:
+                    connection.stalled = True
+                if fd in self.queues or (connection.stalled and fd in active):
+                    connection.since = now
+                elif fd not in active and now - connection.since >= SETTLE:
+                    self._close(fd, "server stopped")
+            timeout = DRAIN_TURN
+        self._cut()
+
+    def _cut(self) -> None:
+        """Close what is left, and say what that loses."""
+        lost = 0
+        self.cut = len(self.connections)
+        for fd, connection in list(self.connections.items()):
+            lost += connection.waiting + self._discard(fd)
+            self._close(fd, "cut")
+        if self.cut:
+            log.warning("cut %d connections, %d bytes lost", self.cut, lost)
+
+    def _discard(self, fd: int) -> int:
+        """Read what is still unread and count it.
+
+        Unread bytes would turn the close into a reset, and that destroys what the
+        peer has not yet taken from our kernel (RFC 2525, section 2.17).
+        """
+        size = 0
+        try:
+            for _ in range(256):  # 32 MiB, the most a receive buffer holds (tcp_rmem, tcp(7))
+                received = self.fd_to_socket[fd].recv_into(self._buffer)
+                if not received:
+                    break
+                size += received
+        except OSError:  # nothing more, or a dead connection
+            pass
+        return size
+
+    def _close_listeners(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            for fd in self.listeners:
+                self.poller.unregister(fd)
+                self._busy_poller.unregister(fd)
+        for listener in self.listeners.values():
+            close(listener)
+        self.listeners.clear()
+
+
+# -- Listening ----------------------------------------------------------------------
+
+
+def listen(host: str, port: int, reuse_port: bool = False) -> list[socket.socket]:
+    """Listen on every address of ``host``, with the same port on all.
+
+    An address that the machine does not have (``::1`` where IPv6 is switched off)
+    is left out if another one works.  Raises ``OSError``, its ``strerror`` a line
+    that names the address and the reason.
+    """
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name can look like that
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
+        message = f"cannot resolve {ascii(host)}: {why}"
+        raise socket.gaierror(socket.EAI_NONAME, message) from error
+    listeners: list[socket.socket] = []
+    try:
+        for family, address in dict.fromkeys((info[0], info[4]) for info in found):
+            if listeners:  # port 0 took a free one: the same here
+                address = (address[0], listeners[0].getsockname()[1], *address[2:])
+            try:
+                listeners.append(listen_on(family, address, reuse_port))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                missing = error
+                log.info("%s", error.strerror)
+        if not listeners:
+            raise missing
+    except OSError as error:
+        for listener in listeners:
+            close(listener)
+        if error.errno == errno.EADDRINUSE and listeners and not port:
+            return listen(host, port, reuse_port)  # free on one address, taken on the next
+        raise
+    return listeners
+
+
+def listen_on(
+    family: socket.AddressFamily, address: tuple[object, ...], reuse_port: bool
+) -> socket.socket:
+    """Listen on one address, with the options that every connection inherits."""
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setblocking(False)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
+            if family == socket.AF_INET6:  # IPv4 has its own listener: ipv6(7)
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # Inherited by accepted connections.  Without TCP_NODELAY (tcp(7)) the
+            # end of a long message waits for the peer's delayed ACK, up to 40 ms.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            listener.bind(address)
+            listener.listen(socket.SOMAXCONN)
+        except OSError:
+            close(listener)
+            raise
+    except OSError as error:
+        message = f"cannot listen on {printable(address)}: {error.strerror}"
+        raise OSError(error.errno, message) from error
+    return listener
+
+
+# -- Small things ---------------------------------------------------------------------
+
+
+def close(sock: socket.socket) -> None:
+    try:
+        sock.close()
+    except OSError as error:  # close(2): the descriptor is gone all the same
+        log.warning("close: %s", error.strerror)
+
+
+def printable(address: tuple[object, ...]) -> str:
+    """``127.0.0.1:8800``, and ``[::1]:8800`` for IPv6 (RFC 3986, section 3.2.2)."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if len(address) > 2 else f"{host}:{port}"
+
+
+def flag_names(flags: int) -> str:
+    names = ("POLLIN", "POLLPRI", "POLLOUT", "POLLERR", "POLLHUP", "POLLNVAL")
+    return "|".join(name for name in names if flags & getattr(select, name)) or str(flags)
+
+
+def excerpt(data: bytes | memoryview) -> str:
+    """The ``repr`` of the first bytes, which escapes all that a terminal would obey."""
+    dots = "..." if len(data) > EXCERPT else ""
+    return f"{len(data)} bytes: {bytes(data[:EXCERPT])!r}{dots}"
+
+
+# -- The command line -----------------------------------------------------------------
+
+
+def port_number(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise ValueError
+    return port
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def positive_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="poll_server",
+        description="Echo every byte back, over TCP, with poll(2).",
+        epilog="""\
+examples:
+  poll_server                              on localhost, port 8800
+  poll_server --host '' --port 7           for everybody, on the echo port (RFC 862)
+  poll_server -v                           show each event, receive, send and mask
+  poll_server --max-connections 100 --idle-timeout 60
+
+SIGTERM or Ctrl-C stops it: what peers have sent is echoed first, for 5 s at most;
+a second one stops it at once.
+
+exit status: 0 stopped with nothing lost, 1 connections had to be cut or an address
+cannot be used, 2 usage error""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--host", default="localhost", help="name or address to listen on (default: localhost)")
+    add(
+        "--port",
+        type=port_number,
+        default=8800,
+        help="port to listen on, 0 for a free one (default: 8800)",
+    )
+    add(
+        "--max-connections",
+        type=positive_int,
+        metavar="N",
+        help="serve at most N at a time; the backlog holds the rest (default: no limit)",
+    )
+    add(
+        "--idle-timeout",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="close a peer that has been silent so long (default: never)",
+    )
+    add("--reuse-port", action="store_true", help="share the port with other processes")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help="trace the mechanism")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop runs: no traceback
+    arguments = parse_arguments(argv)
+    level = logging.DEBUG if arguments.verbose else logging.INFO
+    logging.basicConfig(
+        level=logging.WARNING if arguments.quiet else level, format="%(message)s"
+    )
+    logging.raiseExceptions = False  # the log's reader may go away, the service goes on
+    # Every connection is a descriptor, and the soft limit of 1024 protects
+    # programs that use select(2).
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    try:
+        server = PollServer(
+            (arguments.host, arguments.port),
+            max_connections=arguments.max_connections,
+            idle_timeout=arguments.idle_timeout,
+            reuse_port=arguments.reuse_port,
+        )
+    except OSError as error:
+        log.error("poll_server: %s", error.strerror)
+        return 1
+    with server:
+        # The signal's number arrives as a byte on the wake-up socket, which is all
+        # that it takes; but only signals that have a handler are written there.
+        signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        server.serve_forever()
+    return 1 if server.cut else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
