@@ -518,7 +518,7 @@ class PollServer:
                     connection.since = now
                 elif fd not in active and now - connection.since >= SETTLE:
                     self._close(fd, "server stopped")
-            timeout = DRAIN_TURN
+            timeout = 0 if events else DRAIN_TURN
         self._cut()
 
     def _cut(self) -> None:
@@ -575,7 +575,7 @@ def listen(host: str, port: int, reuse_port: bool = False) -> list[socket.socket
         )
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name can look like that
         why = error.strerror if isinstance(error, OSError) else "not a host name"
-        message = f"cannot resolve {ascii(host)}: {why}"
+        message = f"cannot resolve {host!a}: {why}"
         raise socket.gaierror(socket.EAI_NONAME, message) from error
     listeners: list[socket.socket] = []
     try:
@@ -729,9 +729,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop runs: no traceback
     arguments = parse_arguments(argv)
     level = logging.DEBUG if arguments.verbose else logging.INFO
-    logging.basicConfig(
-        level=logging.WARNING if arguments.quiet else level, format="%(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING if arguments.quiet else level, format="%(message)s")
     logging.raiseExceptions = False  # the log's reader may go away, the service goes on
     # Every connection is a descriptor, and the soft limit of 1024 protects
     # programs that use select(2).

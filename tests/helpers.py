@@ -33,14 +33,20 @@ class Server:
     """``python poll_server.py`` with these arguments, its log and its resources."""
 
     def __init__(
-        self, *arguments: str, wrapper: tuple[str, ...] = (), ready: bool = True, **options: object
+        self,
+        *arguments: str,
+        wrapper: tuple[str, ...] = (),
+        command: tuple[str, ...] = (sys.executable, str(SERVER)),
+        ready: bool = True,
     ) -> None:
-        command = [*wrapper, sys.executable, str(SERVER), *arguments]
-        if "--port" not in arguments:
-            command += ["--port", "0"]
+        port = () if "--port" in arguments else ("--port", "0")
         self.log: list[str] = []
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **options
+            [*wrapper, *command, *arguments, *port],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self._reader = threading.Thread(target=self._read_log)
         self._reader.start()
@@ -93,7 +99,7 @@ class Server:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def signal(self, number: int = signal.SIGTERM) -> None:
+    def send_signal(self, number: int = signal.SIGTERM) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
@@ -103,7 +109,7 @@ class Server:
         return status
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        self.signal(number)
+        self.send_signal(number)
         return self.wait()
 
     def clean_up(self) -> None:
@@ -155,7 +161,7 @@ def read_to_end(peer: socket.socket) -> bytes:
     return bytes(came)
 
 
-def send_until_stuck(peer: socket.socket, pattern: bytes, quiet: float = 0.5) -> int:
+def send_until_stuck(peer: socket.socket, pattern: bytes, quiet: float = 0.3) -> int:
     """Send ``pattern`` over and over, reading nothing, until the kernel takes no more.
 
     Returns the number of bytes that it took.  The peer is left blocking.

@@ -1,0 +1,275 @@
+"""PollServer as a library: socketserver's vocabulary, threads, fixtures."""
+
+from __future__ import annotations
+
+import errno
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from helpers import DEADLINE, dial, exchange, read_to_end, send_until_stuck, wait_until
+
+import poll_server
+from poll_server import PollServer
+
+
+@pytest.fixture
+def echo_address() -> Iterator[tuple[str, int]]:
+    with PollServer(("localhost", 0)) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server.server_address
+
+
+def start(server: PollServer) -> threading.Thread:
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    return thread
+
+
+def join(thread: threading.Thread) -> None:
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+
+
+def test_fixture_of_five_lines_gives_a_server(echo_address: tuple[str, int]) -> None:
+    with socket.create_connection(echo_address, DEADLINE) as peer:
+        assert exchange(peer, b"hello") == b"hello"
+
+
+def test_server_address_has_the_real_host_and_port() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        host, port = server.server_address
+        assert host == "127.0.0.1"
+        assert port > 0
+    with PollServer(("::1", 0)) as server:
+        assert server.server_address[0] == "::1"
+
+
+def test_taken_address_raises_oserror_with_the_kernels_errno() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        with pytest.raises(OSError, match="cannot listen on 127.0.0.1:") as caught:
+            PollServer(server.server_address)
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_unknown_host_raises_gaierror() -> None:
+    with pytest.raises(socket.gaierror, match="cannot resolve 'no-such-host.invalid'"):
+        PollServer(("no-such-host.invalid", 0))
+
+
+def test_failed_start_leaves_no_descriptor_open() -> None:
+    before = len(list(poll_server.os.scandir("/proc/self/fd")))
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as other:
+        with pytest.raises(OSError, match=r"\[::\]"):
+            PollServer(("", other.getsockname()[1]))
+    assert len(list(poll_server.os.scandir("/proc/self/fd"))) == before
+
+
+def test_shutdown_wakes_the_loop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_server, "TIMEOUT", 3_600_000)
+    with PollServer(("127.0.0.1", 0)) as server:
+        thread = start(server)
+        with socket.create_connection(server.server_address, DEADLINE) as peer:
+            assert exchange(peer, b"hello") == b"hello"
+            stopper = threading.Thread(target=server.shutdown)
+            stopper.start()
+            join(stopper)
+            assert not thread.is_alive() or join(thread) is None
+            assert peer.recv(1) == b""
+        assert server.cut == 0
+
+
+def test_shutdown_before_serving_makes_serving_return_at_once() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        server.shutdown()
+        server.serve_forever()
+
+
+def test_shutdown_and_close_may_be_called_again() -> None:
+    server = PollServer(("127.0.0.1", 0))
+    thread = start(server)
+    for _ in range(2):
+        server.shutdown()
+    join(thread)
+    for _ in range(2):
+        server.server_close()
+    server.shutdown()
+    server.serve_forever()
+
+
+def test_close_without_serving_frees_the_port() -> None:
+    server = PollServer(("127.0.0.1", 0))
+    server.server_close()
+    PollServer(server.server_address).server_close()
+
+
+def test_leaving_the_with_block_stops_a_serving_thread() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        thread = start(server)
+        peer = dial(*server.server_address)
+        assert exchange(peer, b"hello") == b"hello"
+    join(thread)
+    with peer:
+        assert peer.recv(1) == b""
+    assert not (server.fd_to_socket or server.connections or server.queues or server.listeners)
+
+
+def test_shutdown_from_a_signal_handler_in_the_serving_thread() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        old = signal.signal(signal.SIGUSR1, lambda *_: server.shutdown())
+        try:
+            main = threading.main_thread().ident
+            assert main is not None
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1)).start()
+            server.serve_forever()
+        finally:
+            signal.signal(signal.SIGUSR1, old)
+
+
+def test_second_shutdown_cuts_a_drain_short() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        server.grace = 3600
+        thread = start(server)
+        with dial(*server.server_address, receive_buffer=4096) as stuck:
+            size = send_until_stuck(stuck, b"never read ")
+            first = threading.Thread(target=server.shutdown)
+            first.start()
+            wait_until(lambda: not server.listeners, "the drain to begin")
+            assert thread.is_alive()
+            server.shutdown()
+            join(first)
+            join(thread)
+            assert server.cut == 1
+            assert 0 < len(read_to_end(stuck)) < size
+
+
+def test_two_servers_live_in_one_process() -> None:
+    with PollServer(("127.0.0.1", 0)) as one, PollServer(("127.0.0.1", 0)) as two:
+        for server in (one, two):
+            start(server)
+        with dial(*one.server_address) as first, dial(*two.server_address) as second:
+            assert exchange(first, b"one") == b"one"
+            assert exchange(second, b"two") == b"two"
+
+
+def test_queue_is_made_when_bytes_wait_and_gone_when_they_are_sent() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        start(server)
+        with dial(*server.server_address, receive_buffer=4096) as peer:
+            assert exchange(peer, b"hello") == b"hello"
+            assert not server.queues
+            size = send_until_stuck(peer, b"waits ")
+            (waiting,) = server.queues.values()
+            assert waiting.full()
+            peer.shutdown(socket.SHUT_WR)
+            assert len(read_to_end(peer)) == size
+        wait_until(lambda: not server.fd_to_socket, "the connection to be closed")
+        assert not server.queues
+
+
+def test_descriptor_closed_behind_its_back_costs_that_connection_only() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        start(server)
+        with dial(*server.server_address) as victim, dial(*server.server_address) as other:
+            assert exchange(victim, b"victim") == b"victim"
+            assert exchange(other, b"other") == b"other"
+            address = "{}:{}".format(*victim.getsockname())
+            (fd,) = (fd for fd, known in server.connections.items() if known.peer == address)
+            poll_server.os.close(fd)
+            wait_until(lambda: fd not in server.fd_to_socket, "POLLNVAL to be handled")
+            assert exchange(other, b"other again") == b"other again"
+
+
+def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_messages() -> None:
+    """Counted in polls of everybody and messages, whatever the machine's speed."""
+
+    class Counting:
+        """The poll object of the server, noting how much was served before each poll."""
+
+        def __init__(self, server: PollServer) -> None:
+            self.server, self.poller, self.echoed = server, server.poller, [0]
+
+        def poll(self, timeout: int) -> list[tuple[int, int]]:
+            total = sum(known.received for known in list(self.server.connections.values()))
+            self.echoed.append(total // 4)
+            return self.poller.poll(timeout)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.poller, name)
+
+    silent, busy = 400, 4
+    with PollServer(("127.0.0.1", 0)) as server:
+        counting = Counting(server)
+        server.poller = counting  # type: ignore[assignment]
+        start(server)
+        quiet = [dial(*server.server_address) for _ in range(silent)]
+        wait_until(lambda: len(server.connections) == silent, "all to be accepted")
+        talkers = [dial(*server.server_address) for _ in range(busy)]
+        for _ in range(500):
+            for talker in talkers:
+                talker.sendall(b"busy")
+            for talker in talkers:
+                assert talker.recv(4) == b"busy"
+        for peer in quiet + talkers:
+            peer.close()
+    served = [after - before for before, after in zip(counting.echoed, counting.echoed[1:])]
+    share = poll_server.LULL + (silent + busy) // 8
+    assert max(served) <= share + busy
+    assert len(served) < 2000, "most turns must have polled the busy ones only"
+
+
+def test_stop_is_seen_although_busy_peers_never_pause() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        thread = start(server)
+        peers = [dial(*server.server_address) for _ in range(4)]
+        stop = threading.Event()
+
+        def chat(peer: socket.socket) -> None:
+            try:
+                while not stop.is_set():
+                    peer.sendall(b"busy")
+                    if not peer.recv(4):
+                        return
+            except OSError:  # sent after the server had closed
+                pass
+
+        chats = [threading.Thread(target=chat, args=(peer,)) for peer in peers]
+        for talk in chats:
+            talk.start()
+        wait_until(lambda: len(server.connections) == 4, "all to be accepted")
+        server.shutdown()
+        join(thread)
+        stop.set()
+        for talk in chats:
+            join(talk)
+        for peer in peers:
+            peer.close()
+        assert server.cut == 0
+
+
+def test_hot_connections_that_switch_masks_stay_exact_beside_silent_ones() -> None:
+    """Masks must be changed for both poll objects, or bytes wait until a full poll or for ever."""
+    data = bytes(range(256)) * 20_000
+    with PollServer(("127.0.0.1", 0)) as server:
+        start(server)
+        quiet = [dial(*server.server_address) for _ in range(500)]
+        with dial(*server.server_address, receive_buffer=8192) as peer:
+            for _ in range(3):
+                assert exchange(peer, data) == data
+        for peer in quiet:
+            peer.close()
+
+
+def test_lull_ends_in_sleep() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        start(server)
+        with dial(*server.server_address) as peer:
+            assert exchange(peer, b"hello") == b"hello"
+            assert not select.select([peer], [], [], 0.2)[0]
+            before = time.process_time()
+            assert not select.select([peer], [], [], 0.5)[0]
+            assert time.process_time() - before < 0.25
