@@ -41,7 +41,6 @@ STREAM_SIZE = 64 * 1024  # bytes per receive for servers that make an object of 
 LOAD_LIMIT = 60.0  # seconds that the load may take beside the measured ones
 PATIENCE = 10.0  # seconds until a server must accept, and that a greeting may take
 PORTS = 20_000  # connections from one source address: ip_local_port_range has 28,232
-SPARE = 50  # descriptors for all but the connections
 GREETING = b"an echo of this shows that the server has accepted the connection"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CPUS = sorted(os.sched_getaffinity(0))[:2]  # the server's and the load's
@@ -55,13 +54,6 @@ class Workload(NamedTuple):
     size: int
     pipeline: int
     idle: int
-
-    def __str__(self) -> str:
-        if self.name == "connect":
-            return f"connect: connect, echo {self.size} bytes and close, one after the other"
-        text = f"{self.name}: {self.connections:,} busy x {self.size:,} bytes"
-        text += f", {self.pipeline:,} messages at once" if self.pipeline > 1 else ""
-        return text + (f", beside {self.idle:,} silent connections" if self.idle else "")
 
 
 class Sample(NamedTuple):
@@ -190,37 +182,21 @@ class EchoError(Exception):
     """What came is not what was sent."""
 
 
-class Peer:
-    """A connection whose messages are the bytes from ``first`` to ``last`` of the pattern.
-
-    ``sent`` and ``came`` are positions between the two, ``since`` is when the message began.
-    """
-
-    __slots__ = ("came", "first", "last", "mask", "sent", "since", "sock")
-
-    def __init__(self, sock: socket.socket, first: int, last: int) -> None:
-        self.sock, self.first, self.last = sock, first, last
-        self.sent = self.came = first
-        self.mask = select.EPOLLIN
-        self.since = 0.0
-
-
 class Load:
-    """The peers of one server, and what they find: latencies in seconds, and errors."""
+    """The connections to one server, and what they find: latencies in seconds, and errors."""
 
     def __init__(self, port: int, work: Workload) -> None:
         self.port = port
         self.dialed = 0
         self.latencies: list[float] = []
         self.errors: list[str] = []
-        # Peer n's messages begin at byte n, so that another peer's echo is noticed.
+        # Connection n's messages begin at byte n, so that another one's echo is noticed.
         unit = work.size * work.pipeline
         self.pattern = random.Random(1).randbytes(unit + work.connections)
-        self.view = memoryview(self.pattern)
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self.poller = select.epoll()
         self.silent: list[socket.socket] = []
-        self.peers: dict[int, Peer] = {}
+        self.talks: dict[int, Iterator[None]] = {}
         for number in range(work.idle):
             if number % 100 == 0:  # wait for the server rather than fill its backlog
                 self.cycle()
@@ -231,7 +207,7 @@ class Load:
             self.greet(sock)
             sock.setblocking(False)
             self.poller.register(sock, select.EPOLLIN)
-            self.peers[sock.fileno()] = Peer(sock, number, number + unit)
+            self.talks[sock.fileno()] = self.talk(sock, number, number + unit)
 
     def dial(self) -> socket.socket:
         """A new connection; the source address changes before its ports run out."""
@@ -280,56 +256,50 @@ class Load:
     def run(self, seconds: float) -> None:
         """Echo on all connections that are not silent, for so many seconds."""
         end = time.perf_counter() + seconds
-        for peer in self.peers.values():
-            peer.since = time.perf_counter()
-            self.send(peer)
-        while self.peers and time.perf_counter() < end:
-            for fd, flags in self.poller.poll(0.1):
+        for talk in self.talks.values():
+            next(talk)
+        while self.talks and time.perf_counter() < end:
+            for fd, _ in self.poller.poll(0.1):
                 try:
-                    peer = self.peers[fd]
-                    if flags & select.EPOLLOUT:
-                        self.send(peer)
-                    if flags != select.EPOLLOUT:
-                        self.receive(peer)
-                except BlockingIOError:  # a false alarm
-                    pass
-                except KeyError:
-                    self.drop(fd, "bytes or end of file on a silent connection")
-                except (OSError, EchoError) as error:
-                    self.drop(fd, str(error))
+                    next(self.talks[fd])
+                except (KeyError, OSError, EchoError) as error:
+                    silent = "end of file or bytes on a silent connection"
+                    self.errors.append(silent if isinstance(error, KeyError) else str(error))
+                    self.poller.unregister(fd)
+                    self.talks.pop(fd, None)
 
-    def send(self, peer: Peer) -> None:
-        """Send what is left of the message; ask for EPOLLOUT only while some is."""
-        try:
-            peer.sent += peer.sock.send(self.view[peer.sent : peer.last])
-        except BlockingIOError:
-            pass
-        mask = select.EPOLLIN if peer.sent == peer.last else select.EPOLLIN | select.EPOLLOUT
-        if mask != peer.mask:
-            peer.mask = mask
-            self.poller.modify(peer.sock, mask)
+    def talk(self, sock: socket.socket, first: int, last: int) -> Iterator[None]:
+        """Send a part of the pattern again and again, each time when all of it is back.
 
-    def receive(self, peer: Peer) -> None:
-        """Receive and compare once; when the echo is complete send the next message."""
-        size = peer.sock.recv_into(self.buffer)
-        if not size:
-            raise EchoError("end of file")
-        came = peer.came + size
-        # startswith() compares in place, where other ways would copy both sides.
-        if came > peer.sent or not self.pattern.startswith(self.buffer[:size], peer.came):
-            raise EchoError("other bytes came")
-        peer.came = came
-        if came == peer.last:
-            now = time.perf_counter()
-            self.latencies.append(now - peer.since)
-            peer.since = now
-            peer.came = peer.sent = peer.first
-            self.send(peer)
-
-    def drop(self, fd: int, why: str) -> None:
-        self.errors.append(why)
-        self.poller.unregister(fd)
-        self.peers.pop(fd, None)
+        Yields to wait for an event; asks for EPOLLOUT only while something is unsent.
+        """
+        pattern, view, mask = self.pattern, memoryview(self.pattern), select.EPOLLIN
+        buffer = self.buffer
+        while True:
+            start = time.perf_counter()
+            sent = came = first
+            while came < last:
+                if sent < last:
+                    try:
+                        sent += sock.send(view[sent:last])
+                    except BlockingIOError:
+                        pass
+                    wanted = select.EPOLLIN | (select.EPOLLOUT if sent < last else 0)
+                    if wanted != mask:
+                        mask = wanted
+                        self.poller.modify(sock, mask)
+                yield
+                try:
+                    size = sock.recv_into(buffer)
+                except BlockingIOError:
+                    continue
+                # startswith() compares in place, where other ways would copy both sides.
+                if came + size > sent or not pattern.startswith(buffer[:size], came):
+                    raise EchoError("other bytes came")
+                if not size:
+                    raise EchoError("end of file")
+                came += size
+            self.latencies.append(time.perf_counter() - start)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -483,7 +453,7 @@ def report(work: Workload, servers: dict[str, dict[str, Any]], out: TextIO) -> N
     """A workload's table, what failed, and the bars."""
     columns = "{:<17}{:>14}{:>9}{:>10}{:>10}{:>10}{:>10}"
     titles = "", "round trips/s", "ours/it", "p50 us", "p99 us", "CPU us", "peak MiB"
-    lines = ["", str(work), columns.format(*titles)]
+    lines = ["", work.name, columns.format(*titles)]
     measured = {name: server for name, server in servers.items() if server["rounds"]}
     for name, server in measured.items():
         rate, p50, p99, cpu, memory = (server[field] for field in Sample._fields)
@@ -574,6 +544,8 @@ exit status: 0 all was measured, 1 something failed, 2 usage error""",
 
 def play(role: str, port: str, *rest: str) -> None:
     """Be one of the processes that are measured, or the one that puts the load on it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     serve = SERVERS.get(role)
     if serve:
         serve(int(port))
@@ -582,26 +554,19 @@ def play(role: str, port: str, *rest: str) -> None:
         print(json.dumps(put_load(int(port), int(pid), workload(work), float(seconds))))
 
 
-def left_out(arguments: argparse.Namespace, descriptors: int) -> Iterator[str]:
-    """Take out what cannot be measured here; a line about each."""
-    if "uvloop-protocol" in arguments.servers:
-        try:
+def left_out(names: list[str]) -> Iterator[str]:
+    """Take out the server that is not installed; a line about it."""
+    try:
+        if "uvloop-protocol" in names:
             importlib.import_module("uvloop")
-        except ImportError as error:
-            arguments.servers.remove("uvloop-protocol")
-            yield f"left out: uvloop-protocol, {error}"
-    for work in list(arguments.work):
-        needed = work.connections + work.idle + SPARE
-        if needed > descriptors:
-            arguments.work.remove(work)
-            yield f"left out: {work.name}, {needed} descriptors of {descriptors}"
+    except ImportError as error:
+        names.remove("uvloop-protocol")
+        yield f"left out: uvloop-protocol, {error}"
 
 
 def main() -> int:
     arguments = parse_arguments()
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if arguments.role:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
         play(*arguments.role)
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):  # as exceptions, so that children end
@@ -611,10 +576,11 @@ def main() -> int:
     head = [
         machine(),
         f"server on CPU {CPUS[0]}, load on CPU {CPUS[-1]}, medians of {rounds} x {seconds:g} s",
+        "10x1k+1000idle: 10 connections with messages of 1 KiB, beside 1000 silent ones.",
         "The load is Python too and often slower than the servers, which makes rates alike:",
         "the truest column is the server's CPU per message.  Ours includes the empty polls",
         "with which it awaits the next message, so it shrinks as the load grows.",
-        *left_out(arguments, descriptors),
+        *left_out(arguments.servers),
     ]
     print(*head, sep="\n", file=out, flush=True)
     results = {}

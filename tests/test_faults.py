@@ -425,19 +425,19 @@ def failing(server: Server, call: str, error: str, when: str) -> Iterator[Trace]
     """Let the kernel fail the server's calls, those that ``when`` counts from now on."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed: no system call can be made to fail")
-    file = tempfile.NamedTemporaryFile()
-    command = ["strace", "-f", "-p", str(server.pid), "-o", file.name]
-    command += ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
-    with file, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-        try:
-            assert tracer.stderr is not None
-            said = tracer.stderr.readline()
-            if "attached" not in said:
-                pytest.skip(f"strace cannot attach to another process here: {said}")
-            yield Trace(Path(file.name))
-        finally:
-            tracer.terminate()
-            tracer.wait()
+    with tempfile.NamedTemporaryFile() as file:
+        command = ["strace", "-f", "-p", str(server.pid), "-o", file.name]
+        command += ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+            try:
+                assert tracer.stderr is not None
+                said = tracer.stderr.readline()
+                if "attached" not in said:
+                    pytest.skip(f"strace cannot attach to another process here: {said}")
+                yield Trace(Path(file.name))
+            finally:
+                tracer.terminate()
+                tracer.wait()
 
 
 def traceable() -> None:
@@ -532,11 +532,11 @@ def test_a_request_to_stop_that_cannot_be_read_at_once_is_read_later(traced: Ser
 
 
 def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve: Serve) -> None:
-    names = "ECONNABORTED EPROTO ENOBUFS ENOMEM ENFILE EPERM".split()
+    names = ["ECONNABORTED", "EPROTO", "ENOBUFS", "ENOMEM", "ENFILE", "EPERM"]
     servers = [serve(preexec_fn=traceable) for _ in names]
     waiting, was_served = [], []
     with contextlib.ExitStack() as stack:
-        for server, name in zip(servers, names):
+        for server in servers:
             with server.connect() as peer:
                 exchange(peer, b"hello")
             was_served.append(stack.enter_context(server.connect()))
@@ -620,7 +620,7 @@ def test_a_flood_of_connects_does_not_hold_up_who_is_connected(server: Server) -
 
 @pytest.fixture
 def many_descriptors() -> Iterator[int]:
-    """Meanwhile this process may have as many descriptors as the hard limit allows, 20,000 at most."""
+    """Meanwhile this process may have 20,000 descriptors, or as many as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 20_000 if hard == resource.RLIM_INFINITY else min(hard, 20_000)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
@@ -699,7 +699,7 @@ def test_64_mebibyte_streamed_both_ways_are_exact(server: Server) -> None:
         assert exchange(peer, pattern(64 * MIB)) == pattern(64 * MIB)
 
 
-@pytest.mark.parametrize("size", [0, 1, 100_000, 64 * MIB], ids="nothing byte some stuck".split())
+@pytest.mark.parametrize("size", [0, 1, 100_000, 64 * MIB], ids=["none", "one", "some", "stuck"])
 @pytest.mark.parametrize("near", [True, False], ids=["near", "far"])
 def test_a_half_close_before_reading_loses_nothing(server: Server, size: int, near: bool) -> None:
     with server.connect(receive_buffer=4096) if near else far_peer(server) as peer:
@@ -802,14 +802,16 @@ def test_a_port_that_is_taken_makes_one_line_that_says_so(serve: Serve, server: 
     server.round_trip()
 
 
-@pytest.fixture
-def two_addresses() -> list[str]:
-    found = {info[4][0] for info in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)}
-    if len(found) < 2:
-        pytest.skip("localhost has one address only here")
-    return [
-        str(info[4][0]) for info in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
-    ]
+@pytest.fixture(params=["localhost", ""])
+def two_addresses(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
+    """A host and the addresses that it has here: ``localhost``, and every host."""
+    found = socket.getaddrinfo(
+        request.param or None, 80, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+    if len(addresses) < 2:
+        pytest.skip(f"{request.param!r} has one address only here: {addresses}")
+    return request.param, addresses
 
 
 def take(address: str, port: int) -> socket.socket:
@@ -824,33 +826,37 @@ def take(address: str, port: int) -> socket.socket:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
-def test_localhost_with_one_of_its_addresses_taken_is_not_served_by_half(
-    serve: Serve, two_addresses: list[str], which: int
+def test_a_host_with_one_of_its_addresses_taken_is_not_served_by_half(
+    serve: Serve, two_addresses: tuple[str, list[str]], which: int
 ) -> None:
-    with take(two_addresses[which], 0) as other:
+    host, addresses = two_addresses
+    with take(addresses[which], 0) as other:
         port = other.getsockname()[1]
-        server = serve("--port", str(port), ready=False)
+        server = serve("--host", host, "--port", str(port), ready=False)
         assert server.wait() == 1
-        (line,) = server.log
-        assert re.search(rf"cannot listen on .*:{port}: Address already in use$", line)
+    (line,) = server.log
+    assert line.startswith("poll_server: cannot listen on ")
+    assert line.endswith(f":{port}: Address already in use")
+    assert addresses[which] in line
 
 
-def test_a_free_port_is_free_on_all_addresses_of_localhost(
-    two_addresses: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_free_port_is_free_on_all_addresses_of_a_host(
+    two_addresses: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    host, addresses = two_addresses
     taken: list[socket.socket] = []
 
     def listen_on(*arguments: object) -> socket.socket:
         listener = original(*arguments)  # type: ignore[arg-type]
         if not taken:  # somebody is faster on the second address
-            taken.append(take(two_addresses[1], listener.getsockname()[1]))
+            taken.append(take(addresses[1], listener.getsockname()[1]))
         return listener
 
     original = poll_server.listen_on
     monkeypatch.setattr(poll_server, "listen_on", listen_on)
-    listeners = poll_server.listen("localhost", 0)
+    listeners = poll_server.listen(host, 0)
     ports = {listener.getsockname()[1] for listener in listeners}
-    assert len(listeners) == len(two_addresses)
+    assert len(listeners) == len(addresses)
     assert len(ports) == 1
     assert ports != {taken[0].getsockname()[1]}
     for sock in (*listeners, *taken):
