@@ -65,7 +65,7 @@ DEAD = select.POLLERR | select.POLLHUP | select.POLLNVAL
 TIMEOUT = 1000  # milliseconds that poll() waits at most: when housekeeping is due
 RECEIVE_SIZE = 224 * 1024  # bytes per receive: 128 KiB moves 0.92 times as much, 512 KiB no more
 CHUNK_SIZE = 8 * 1024  # bytes per receive while others wait already
-QUEUE_CHUNKS = 3  # with the two above 240 KiB at most wait for one peer
+QUEUE_CHUNKS = 3  # with the two above at most 248 KiB wait for one peer
 ACCEPTS_PER_TURN = 64  # about 2 ms; a flood of connects must not hold up the others
 LULL = 50  # empty polls, about 50 us, before the loop sleeps: see PollServer._turn
 POLL_RETRY = 0.1  # seconds to wait when poll() itself fails
@@ -215,10 +215,9 @@ class PollServer:
 
     def _receive(self, fd: int, connection: Connection) -> None:
         """Receive once and echo at once; what the kernel does not take waits in a queue."""
-        sock = self.fd_to_socket[fd]
         waiting = connection.waiting
         try:
-            size = sock.recv_into(self._small_buffer if waiting else self._buffer)
+            size = self.fd_to_socket[fd].recv_into(self._small_buffer if waiting else self._buffer)
         except BlockingIOError:  # a false alarm: poll(2), BUGS
             return
         except OSError as error:
@@ -233,16 +232,8 @@ class PollServer:
             return
         connection.received += size
         if not waiting:
-            try:
-                sent = sock.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._close(fd, f"send failed: {error.strerror}")
-                return
-            if self._tracing:
-                log.debug("%s sent %s", connection.peer, excerpt(data[:sent]))
-            if sent == size:
+            sent = self._send(fd, connection, data)
+            if sent is None or sent == size:
                 return
             data = data[sent:]
             self.queues[fd] = queue.Queue(QUEUE_CHUNKS)

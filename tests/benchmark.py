@@ -10,6 +10,7 @@ byte of it is compared.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib
@@ -57,7 +58,7 @@ class Workload(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What one run of a server measured; times are in us, of CPU per echoed message."""
+    """What one run of a server measured; ``cpu_us`` is the server's, per echoed message."""
 
     round_trips_per_s: float
     p50_us: float
@@ -188,6 +189,7 @@ class Load:
     def __init__(self, port: int, work: Workload) -> None:
         self.port = port
         self.dialed = 0
+        self.end = 0.0  # when no more messages begin
         self.latencies: list[float] = []
         self.errors: list[str] = []
         # Connection n's messages begin at byte n, so that another one's echo is noticed.
@@ -195,17 +197,19 @@ class Load:
         self.pattern = random.Random(1).randbytes(unit + work.connections)
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self.poller = select.epoll()
-        self.silent: list[socket.socket] = []
+        self.sockets: list[socket.socket] = []  # open until the load ends
         self.talks: dict[int, Iterator[None]] = {}
+        self.cycle()  # so that its start is over
         for number in range(work.idle):
-            if number % 100 == 0:  # wait for the server rather than fill its backlog
+            if number % 100 == 99:  # wait for the server rather than fill its backlog
                 self.cycle()
-            self.silent.append(self.dial())
-            self.poller.register(self.silent[-1], select.EPOLLIN)
+            self.sockets.append(self.dial())
+            self.poller.register(self.sockets[-1], select.EPOLLIN)
         for number in range(work.connections):
             sock = self.dial()
             self.greet(sock)
             sock.setblocking(False)
+            self.sockets.append(sock)
             self.poller.register(sock, select.EPOLLIN)
             self.talks[sock.fileno()] = self.talk(sock, number, number + unit)
 
@@ -254,19 +258,24 @@ class Load:
                 self.errors.append(str(error))
 
     def run(self, seconds: float) -> None:
-        """Echo on all connections that are not silent, for so many seconds."""
-        end = time.perf_counter() + seconds
+        """Echo on all connections that are not silent, until no message begun by then is left."""
+        self.end = time.perf_counter() + seconds
         for talk in self.talks.values():
             next(talk)
-        while self.talks and time.perf_counter() < end:
+        while self.talks and time.perf_counter() < self.end + PATIENCE:
             for fd, _ in self.poller.poll(0.1):
                 try:
                     next(self.talks[fd])
-                except (KeyError, OSError, EchoError) as error:
-                    silent = "end of file or bytes on a silent connection"
-                    self.errors.append(silent if isinstance(error, KeyError) else str(error))
-                    self.poller.unregister(fd)
-                    self.talks.pop(fd, None)
+                    continue
+                except StopIteration:
+                    pass
+                except KeyError:
+                    self.errors.append("end of file or bytes on a silent connection")
+                except (OSError, EchoError) as error:
+                    self.errors.append(str(error))
+                self.poller.unregister(fd)
+                self.talks.pop(fd, None)
+        self.errors += ["an echo did not come"] * len(self.talks)
 
     def talk(self, sock: socket.socket, first: int, last: int) -> Iterator[None]:
         """Send a part of the pattern again and again, each time when all of it is back.
@@ -275,8 +284,7 @@ class Load:
         """
         pattern, view, mask = self.pattern, memoryview(self.pattern), select.EPOLLIN
         buffer = self.buffer
-        while True:
-            start = time.perf_counter()
+        while (start := time.perf_counter()) < self.end:
             sent = came = first
             while came < last:
                 if sent < last:
@@ -381,14 +389,15 @@ def compare(
 ) -> dict[str, list[Sample | str]]:
     """All rounds of a workload: what each server did in each."""
     runs: dict[str, list[Sample | str]] = {name: [] for name in names}
-    for number in range(rounds):
-        step = f"{work.name}: round {number + 1} of {rounds}"
+    order = collections.deque(names)
+    for number in range(1, rounds + 1):
+        step = f"{work.name}: round {number} of {rounds}"
         show_progress(step)
-        first = number % len(names)
-        for place, name in enumerate(names[first:] + names[:first], 1):
+        for name in order:
             if sys.stderr.isatty():
-                show_progress(f"{step}, server {place} of {len(names)}: {name}")
+                show_progress(f"{step}: {name}")
             runs[name].append(measure(name, work, seconds))
+        order.rotate(-1)
     return runs
 
 
@@ -470,30 +479,15 @@ def report(work: Workload, servers: dict[str, dict[str, Any]], out: TextIO) -> N
 # -- The command line -----------------------------------------------------------------
 
 
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def positive_seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 3600:
-        raise ValueError
-    return seconds
-
-
 def workload(text: str) -> Workload:
     if text == "connect":
         return Workload(text, 0, len(GREETING), 1, 0)
-    found = re.fullmatch(r"(\d+)x(\d+)([km]?)(?:p(\d+))?(?:\+(\d+)idle)?", text)
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)([km]?)(?:p([1-9]\d*))?(?:\+(\d+)idle)?", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 10x64, 10x1kp8, 10x1m+100idle")
     connections, size, unit, pipeline, idle = found.groups()
     factor = {"": 1, "k": 1024, "m": 1024 * 1024}[unit]
-    numbers = positive_int(connections), positive_int(size) * factor, positive_int(pipeline or "1")
-    return Workload(text, *numbers, int(idle or 0))
+    return Workload(text, int(connections), int(size) * factor, int(pipeline or 1), int(idle or 0))
 
 
 def workloads(text: str) -> list[Workload]:
@@ -533,13 +527,16 @@ exit status: 0 all was measured, 1 something failed, 2 usage error""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--rounds", type=positive_int, default=3, help="default: %(default)s")
-    add("--seconds", type=positive_seconds, default=0.5, help="per run, default: %(default)s")
+    add("--rounds", type=int, default=3, help="1 to 1000 (default: %(default)s)")
+    add("--seconds", type=float, default=0.5, help="per run, 0.01 to 3600 (default: %(default)s)")
     add("--servers", type=server_names, default=list(SERVERS), help="a,b,... (default: all)")
     add("--work", type=workloads, default=WORK, help="a,b,... (default: all)")
     add("--json", type=json_file, metavar="FILE", help="write JSON too; -: to standard output")
     add("--role", nargs="+", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not (1 <= arguments.rounds <= 1000 and 0.01 <= arguments.seconds <= 3600):
+        parser.error("--rounds or --seconds is out of its range")
+    return arguments
 
 
 def play(role: str, port: str, *rest: str) -> None:
@@ -573,32 +570,44 @@ def main() -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     out = sys.stderr if arguments.json == "-" else sys.stdout
     rounds, seconds = arguments.rounds, arguments.seconds
-    head = [
+    notes = list(left_out(arguments.servers))
+    print(
         machine(),
         f"server on CPU {CPUS[0]}, load on CPU {CPUS[-1]}, medians of {rounds} x {seconds:g} s",
-        "10x1k+1000idle: 10 connections with messages of 1 KiB, beside 1000 silent ones.",
+        "10x1k+1000idle: 10 connections with messages of 1 KiB, beside 1000 silent ones",
+        "",
         "The load is Python too and often slower than the servers, which makes rates alike:",
         "the truest column is the server's CPU per message.  Ours includes the empty polls",
         "with which it awaits the next message, so it shrinks as the load grows.",
-        *left_out(arguments.servers),
-    ]
-    print(*head, sep="\n", file=out, flush=True)
+        *notes,
+        sep="\n",
+        file=out,
+        flush=True,
+    )
     results = {}
-    for work in arguments.work:
+    for work in arguments.work if arguments.servers else []:
         runs = compare(work, arguments.servers, rounds, seconds)
         show_progress("")
         ours = runs.get("ours", [])
         results[work.name] = {name: summarise(runs[name], ours) for name in runs}
         report(work, results[work.name], out)
     if arguments.json:
-        text = json.dumps({"head": head, "workloads": results}, indent=1) + "\n"
-        sys.stdout.write(text) if arguments.json == "-" else Path(arguments.json).write_text(text)
+        about = {"machine": machine(), "seconds": seconds, "left_out": notes}
+        text = json.dumps({**about, "workloads": results}, indent=1) + "\n"
+        if arguments.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(arguments.json).write_text(text)
     failed = any(server["failures"] for work in results.values() for server in work.values())
-    return 1 if failed else 0
+    return 1 if failed or not arguments.servers else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
+        show_progress("")
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads any more: no complaint at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)

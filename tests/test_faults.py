@@ -114,10 +114,10 @@ def far_peer(server: Server) -> socket.socket:
 def frozen(server: Server) -> Iterator[None]:
     """Meanwhile the server stands still, and what is done to it piles up in the kernel."""
     stat = Path(f"/proc/{server.pid}/stat")
-    server.signal(signal.SIGSTOP)
+    server.send_signal(signal.SIGSTOP)
     wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", "the server to stop")
     yield
-    server.signal(signal.SIGCONT)
+    server.send_signal(signal.SIGCONT)
 
 
 def is_served(server: Server) -> bool:
@@ -128,10 +128,6 @@ def is_served(server: Server) -> bool:
             return peer.recv(1) == b"?"
         except ConnectionError:
             return False
-
-
-def limited(soft: int, hard: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # -- Peers that do not play fair --------------------------------------------------------
@@ -318,7 +314,7 @@ def test_slowloris_does_not_keep_a_client_out(serve: Serve) -> None:
 
 
 def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve: Serve) -> None:
-    server = serve(preexec_fn=limited(64, 64))
+    server = serve(wrapper=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"))
     waiting = [server.connect() for _ in range(200)]
     for peer in waiting:
         peer.sendall(b"hello")
@@ -365,7 +361,7 @@ def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve: Serv
 
 
 def test_the_command_raises_its_soft_limit_of_descriptors_to_the_hard_one(serve: Serve) -> None:
-    server = serve(preexec_fn=limited(100, 300))
+    server = serve(wrapper=("sh", "-c", 'ulimit -S -n 100; ulimit -H -n 300; exec "$@"', "sh"))
     assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (300, 300)
 
 
@@ -407,6 +403,7 @@ ERRNOS = {
     "close": "EBADF EINTR EIO ENOSPC EDQUOT",
     "write": "EAGAIN EBADF EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENOSPC EPERM EPIPE",  # the log
 }
+COSTLY = ("recvfrom", "sendto", "ioctl")  # the connection that they were for is lost
 
 
 class Trace:
@@ -440,16 +437,21 @@ def failing(server: Server, call: str, error: str, when: str) -> Iterator[Trace]
                 tracer.wait()
 
 
-def traceable() -> None:
-    """Let strace attach where only a parent may (the Yama module): prctl(2), PR_SET_PTRACER."""
-    import ctypes
+# Lets strace attach where only a parent may (the Yama module): prctl(2), PR_SET_PTRACER.
+TRACEABLE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
-    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+
+def start_traceable(serve: Serve) -> Server:
+    return serve(wrapper=(sys.executable, "-ISc", TRACEABLE))
 
 
 @pytest.fixture
 def traced(serve: Serve) -> Server:
-    return serve(preexec_fn=traceable)
+    return start_traceable(serve)
 
 
 def fail_once_or_so(server: Server, call: str, error: str, times: int) -> None:
@@ -466,8 +468,9 @@ def fail_once_or_so(server: Server, call: str, error: str, times: int) -> None:
             while trace.failed() < times:
                 lost += not is_served(server)
             assert is_served(server), error
-            assert lost <= times, error
             assert trace.failed() == times, error
+            harmless = call not in COSTLY or error in ("EAGAIN", "EINTR")
+            assert lost <= (0 if harmless else times), error
 
 
 @pytest.mark.parametrize("times", [1, 3], ids=["once", "thrice"])
@@ -482,6 +485,8 @@ def test_a_failing_call_costs_at_most_the_connection_that_it_hit(
         for error in errors:
             fail_once_or_so(traced, call, error, times)
             assert exchange(bystander, b"still there?") == b"still there?", error
+        if call == "accept4" and times == 1:  # the next try works: no pause
+            assert not traced.matches("not accepting")
         if call == "close":  # those that strace failed were not carried out
             descriptors += times * len(errors)
         wait_until(lambda: traced.descriptors() == descriptors, "the descriptors to come back")
@@ -505,9 +510,12 @@ def test_a_failing_send_of_waiting_bytes_costs_that_connection_only(traced: Serv
 
 def test_a_failed_look_at_why_a_connection_died_costs_nothing_more(traced: Server) -> None:
     for error in "EBADF", "ENOBUFS", "ENOMEM":
-        with failing(traced, "getsockopt", error, "1+") as trace:
-            wait_until(lambda t=trace: resets_before_accept(traced, 1) or t.failed(), "a failure")  # type: ignore[misc]
-            assert is_served(traced)
+        with failing(traced, "getsockopt", error, "1") as trace:
+            while not trace.failed():
+                peer = traced.connect()
+                exchange(peer, b"hello")
+                reset(peer)
+                assert is_served(traced), error
 
 
 def test_poll_that_goes_on_failing_is_neither_spun_on_nor_deaf_to_a_stop(traced: Server) -> None:
@@ -521,19 +529,21 @@ def test_poll_that_goes_on_failing_is_neither_spun_on_nor_deaf_to_a_stop(traced:
             print(f"\npoll failing: CPU {share:.2%}, {attempts} attempts in 1.1 s")
             assert share < NO_SPIN
             assert attempts < 20
+            start = time.monotonic()
             assert traced.stop() == 0
+            assert time.monotonic() - start < 2.5
 
 
 def test_a_request_to_stop_that_cannot_be_read_at_once_is_read_later(traced: Server) -> None:
     with failing(traced, "recvfrom", "ENOMEM", "1..3") as trace:
-        traced.signal()
+        traced.send_signal()
         assert traced.wait() == 0
         assert trace.failed() == 3
 
 
 def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve: Serve) -> None:
     names = ["ECONNABORTED", "EPROTO", "ENOBUFS", "ENOMEM", "ENFILE", "EPERM"]
-    servers = [serve(preexec_fn=traceable) for _ in names]
+    servers = [start_traceable(serve) for _ in names]
     waiting, was_served = [], []
     with contextlib.ExitStack() as stack:
         for server in servers:
@@ -705,6 +715,8 @@ def test_a_half_close_before_reading_loses_nothing(server: Server, size: int, ne
     with server.connect(receive_buffer=4096) if near else far_peer(server) as peer:
         (taken,) = push([peer], most=size, seconds=DEADLINE)
         peer.shutdown(socket.SHUT_WR)
+        if size > MIB:  # its end of file is read, or stays unread: no spin on it
+            assert cpu_share(server, 0.3) < NO_SPIN
         assert read_to_end(peer) == pattern(taken)
     server.wait_for_log(f" closed: {taken} bytes in, {taken} out, end of file")
 
@@ -872,11 +884,13 @@ def test_a_descriptor_that_somebody_else_closed_is_forgotten_and_left_alone(
         thread.start()
         with dial(*server.server_address) as peer, dial(*server.server_address) as other:
             exchange(peer, b"hello")
-            (fd,) = server.connections
             exchange(other, b"hello")
+            fd = next(iter(server.connections))
             os.close(fd)
             wait_until(lambda: fd not in server.connections, "the connection to be forgotten")
-            assert exchange(other, b"still there?") == b"still there?"
+            assert len(server.connections) == 1
+            with dial(*server.server_address) as third:
+                assert exchange(third, b"still there?") == b"still there?"
         server.shutdown()
         thread.join()
     assert "its descriptor was closed" in caplog.text
@@ -892,7 +906,7 @@ def test_signals_and_standstills_lose_nothing(server: Server) -> None:
     def disturb() -> None:
         while not done.wait(0.002):
             for number in signal.SIGSTOP, signal.SIGWINCH, signal.SIGCONT, signal.SIGURG:
-                server.signal(number)
+                server.send_signal(number)
 
     thread = threading.Thread(target=disturb)
     thread.start()
@@ -917,19 +931,24 @@ def test_slow_peers_get_all_their_megabytes_when_the_server_is_stopped(server: S
     assert min(sizes[:3]) > MIB
     for peer in near[1], far[1]:
         peer.shutdown(socket.SHUT_WR)
-    server.signal(signal.SIGTERM)
+    server.send_signal(signal.SIGTERM)
     server.wait_for_log("stopping: 6 connections are open")
     came = {peer: bytearray() for peer in near + far}
-    open_ones = set(came)
+    open_ones, reads = set(came), 0
     while open_ones:
         readable, _, _ = select.select(open_ones, [], [], DEADLINE)
         assert readable, "some got neither all their bytes nor an end of file"
         for peer in readable:
-            part = peer.recv(32 * KIB)
+            part = peer.recv(MIB)
             came[peer] += part
             if not part:
                 open_ones.remove(peer)
-        time.sleep(0.001)  # these are slow peers: 32 KiB per millisecond at most
+        reads += 1
+        if reads < 200:
+            time.sleep(0.001)  # slow, these peers: a few KiB a millisecond
+        elif reads == 200:
+            for peer in open_ones:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
     assert [len(data) for data in came.values()] == sizes
     assert [data == pattern(len(data)) for data in came.values()] == [True] * 6
     assert server.wait() == 0
@@ -941,7 +960,7 @@ def test_who_is_in_the_backlog_at_sigterm_is_echoed_too(server: Server) -> None:
         peers = [server.connect() for _ in range(100)]
         for peer in peers:
             peer.sendall(b"hello")
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
     for peer in peers:
         assert read_to_end(peer) == b"hello"
         peer.close()
@@ -952,9 +971,9 @@ def test_who_is_cut_can_still_read_what_the_kernel_has_and_is_counted(server: Se
     with far_peer(server) as peer:
         (size,) = push([peer], most=160 * KIB, seconds=DEADLINE)
         wait_until(lambda: unacknowledged(peer) == 0, "all to be in the server's kernel")
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         server.wait_for_log("stopping: 1 connections are open")
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         assert server.wait() == 1
         (lost,) = server.matches(r"^cut 1 connections, (\d+) bytes lost$")
         assert int(lost[1]) > 0
