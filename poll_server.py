@@ -365,8 +365,8 @@ class PollServer:
         for fd, flags in events:
             connection = connections.get(fd)
             if tracing:
-                name = connection.peer if connection else f"fd {fd}"
-                log.debug("poll: %s %s", name, flag_names(flags))
+                own = "listener" if fd in self.listeners else "wake-up"
+                log.debug("poll: %s %s", connection.peer if connection else own, flag_names(flags))
             if connection is None:
                 self._serve_own(fd)
             elif flags == POLLIN:  # by far the most frequent

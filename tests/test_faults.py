@@ -203,8 +203,9 @@ def test_a_peer_with_megabytes_to_read_is_read_once_then_it_is_the_others_turn(
         exchange(rich, pattern(16 * MIB))  # its window is wide now
         exchange(poor, b"hello")
         names = {peer: "{}:{}".format(*peer.getsockname()) for peer in (rich, poor)}
+        server.wait_for_log(f"{names[poor]} sent 5 bytes")
+        seen = len(server.log)
         with frozen(server):
-            seen = len(server.log)
             assert send_until_stuck(rich, PATTERN, 0.1) > MIB
             poor.sendall(b"me too")
         assert poor.recv(100) == b"me too"
@@ -303,7 +304,7 @@ def test_slowloris_does_not_keep_a_client_out(serve: Serve) -> None:
     start = time.monotonic()
     assert is_served(server)
     print(f"\nbehind 40 silent peers, 20 at a time: served after {time.monotonic() - start:.1f} s")
-    assert len(server.matches("opened")) == 41
+    server.wait_for_log("opened", 41)
     assert len(server.matches("closed: .* idle for 0.3 s")) >= 21
     assert len(server.matches("not accepting: 20 connections")) == 1
     for peer in silent:
@@ -358,6 +359,29 @@ def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve: Serv
     for peer in (*more, *served):
         peer.close()
     assert is_served(server)
+
+
+@pytest.mark.parametrize("short_of", ["places", "descriptors"])
+def test_no_room_for_peers_on_two_listeners_at_once_is_one_pause(
+    serve: Serve, short_of: str
+) -> None:
+    if short_of == "places":
+        server = serve("--host", "", "--max-connections", "10")
+    else:
+        server = serve("--host", "", wrapper=("sh", "-c", 'ulimit -n 20; exec "$@"', "sh"))
+    if len(server.matches("^listening on")) < 2:
+        pytest.skip("this machine has no IPv6: one listener only")
+    with frozen(server):
+        peers = [server.connect(host) for _ in range(30) for host in ("127.0.0.1", "::1")]
+        for peer in peers:
+            peer.sendall(b"hello")
+    while peers:  # those served leave, the next come in
+        served = select.select(peers, [], [], DEADLINE)[0]
+        assert served, "\n".join(server.log)
+        for peer in served:
+            assert peer.recv(100) == b"hello"
+            peers.remove(peer)
+            peer.close()
 
 
 def test_the_command_raises_its_soft_limit_of_descriptors_to_the_hard_one(serve: Serve) -> None:
@@ -505,7 +529,26 @@ def test_a_failing_send_of_waiting_bytes_costs_that_connection_only(traced: Serv
                     else:
                         assert exchange_rest(slow, size) == pattern(size)
                     assert trace.failed()
+                assert cpu_share(traced, 0.2) < NO_SPIN, error  # nothing of it is polled any more
             assert exchange(bystander, b"still there?") == b"still there?", error
+
+
+def test_a_send_that_fails_while_more_has_come_costs_that_connection_only(traced: Server) -> None:
+    with traced.connect() as bystander, far_peer(traced) as peer, contextlib.ExitStack() as stack:
+        exchange(bystander, b"hello")
+        (size,) = push([peer], most=100 * KIB, seconds=DEADLINE)
+        wait_until(lambda: unacknowledged(peer) == 0, "all to be in the server's kernel")
+        with frozen(traced):
+            # Its kernel now gets rid of what it has: room to send, and more to read.
+            came = b""
+            while select.select([peer], [], [], 0.1)[0]:
+                came += peer.recv(MIB)
+            assert 0 < len(came) < size  # the rest waits in the server itself
+            peer.sendall(b"more")
+            trace = stack.enter_context(failing(traced, "sendto", "EPIPE", "1"))
+        wait_until(trace.failed, "sendto to fail")
+        assert exchange(bystander, b"still there?") == b"still there?"
+        assert is_served(traced)
 
 
 def test_a_failed_look_at_why_a_connection_died_costs_nothing_more(traced: Server) -> None:
@@ -579,6 +622,17 @@ def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve: Serve) 
 # -- Many -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[int]:
+    """Meanwhile this process may have 20,000 descriptors, or as many as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 20_000 if hard == resource.RLIM_INFINITY else min(hard, 20_000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    yield most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
 def test_1000_connects_at_once_are_all_taken_and_echoed(server: Server) -> None:
     start = time.monotonic()
     peers = []
@@ -588,7 +642,9 @@ def test_1000_connects_at_once_are_all_taken_and_echoed(server: Server) -> None:
         peer.connect_ex(("127.0.0.1", server.port))
         peers.append(peer)
     for peer in peers:
-        assert select.select([], [peer], [], DEADLINE)[1]
+        poller = select.poll()
+        poller.register(peer, select.POLLOUT)
+        assert poller.poll(DEADLINE * 1000)
         peer.settimeout(DEADLINE)
         peer.sendall(b"hello")  # fails if it is not connected
     connected = time.monotonic() - start
@@ -600,6 +656,7 @@ def test_1000_connects_at_once_are_all_taken_and_echoed(server: Server) -> None:
         peer.close()
 
 
+@pytest.mark.usefixtures("many_descriptors")
 def test_the_backlog_holds_a_thousand_while_the_server_is_busy(server: Server) -> None:
     count = min(1000, int(Path("/proc/sys/net/core/somaxconn").read_text()))
     with frozen(server):
@@ -611,6 +668,7 @@ def test_the_backlog_holds_a_thousand_while_the_server_is_busy(server: Server) -
         peer.close()
 
 
+@pytest.mark.usefixtures("many_descriptors")
 def test_a_flood_of_connects_does_not_hold_up_who_is_connected(server: Server) -> None:
     count = min(1000, int(Path("/proc/sys/net/core/somaxconn").read_text()))
     with server.connect() as peer:
@@ -626,16 +684,6 @@ def test_a_flood_of_connects_does_not_hold_up_who_is_connected(server: Server) -
     assert len(opened) <= count // 4
     for other in peers:
         other.close()
-
-
-@pytest.fixture
-def many_descriptors() -> Iterator[int]:
-    """Meanwhile this process may have 20,000 descriptors, or as many as the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 20_000 if hard == resource.RLIM_INFINITY else min(hard, 20_000)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    yield most
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_9000_connections_cost_a_kibibyte_each_and_leave_nothing(
@@ -715,8 +763,8 @@ def test_a_half_close_before_reading_loses_nothing(server: Server, size: int, ne
     with server.connect(receive_buffer=4096) if near else far_peer(server) as peer:
         (taken,) = push([peer], most=size, seconds=DEADLINE)
         peer.shutdown(socket.SHUT_WR)
-        if size > MIB:  # its end of file is read, or stays unread: no spin on it
-            assert cpu_share(server, 0.3) < NO_SPIN
+        if size > 1:  # its end of file is read while bytes wait, or stays unread: no spin
+            assert cpu_share(server, 0.2) < NO_SPIN
         assert read_to_end(peer) == pattern(taken)
     server.wait_for_log(f" closed: {taken} bytes in, {taken} out, end of file")
 
@@ -967,13 +1015,32 @@ def test_who_is_in_the_backlog_at_sigterm_is_echoed_too(server: Server) -> None:
     assert server.wait() == 0
 
 
-def test_who_is_cut_can_still_read_what_the_kernel_has_and_is_counted(server: Server) -> None:
-    with far_peer(server) as peer:
-        (size,) = push([peer], most=160 * KIB, seconds=DEADLINE)
-        wait_until(lambda: unacknowledged(peer) == 0, "all to be in the server's kernel")
-        server.send_signal(signal.SIGTERM)
-        server.wait_for_log("stopping: 1 connections are open")
-        server.send_signal(signal.SIGTERM)
+def test_who_is_in_the_middle_of_talking_at_sigterm_may_go_on_for_a_moment(serve: Serve) -> None:
+    def goes_on(server: Server) -> bool:
+        with server.connect() as peer:
+            exchange(peer, b"hello")
+            with frozen(server):
+                server.send_signal(signal.SIGTERM)
+                peer.sendall(b"one")
+            try:
+                assert exchange_rest(peer, 3) == b"one"
+                return all(exchange(peer, word) == word for word in (b"two", b"three"))
+            except (AssertionError, ConnectionError):
+                return False
+
+    # The moment is 0.2 s, which a loaded machine may miss, but not every time.
+    assert any(goes_on(serve()) for _ in range(5))
+
+
+def test_who_is_cut_can_still_read_what_was_sent_and_the_loss_is_counted(server: Server) -> None:
+    with server.connect() as peer:
+        exchange(peer, pattern(16 * MIB))  # its window is wide now
+        with frozen(server):
+            size = MIB
+            peer.sendall(pattern(size))
+            wait_until(lambda: unacknowledged(peer) == 0, "all to be in the server's kernel")
+            server.send_signal(signal.SIGTERM)
+            server.send_signal(signal.SIGINT)  # the second request: at once
         assert server.wait() == 1
         (lost,) = server.matches(r"^cut 1 connections, (\d+) bytes lost$")
         assert int(lost[1]) > 0
