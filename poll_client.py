@@ -17,15 +17,15 @@ import codecs
 import ctypes
 import hashlib
 import logging
-import math
 import os
 import re
 import select
 import signal
 import socket
 import sys
+import termios
 import time
-from collections.abc import Callable
+import tty
 
 try:
     import readline  # input() then has line editing and history
@@ -84,6 +84,7 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
         raise HungUp(f"cannot connect to {where}: {why}") from error
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a line is not held back
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # urgent bytes in their place
     return sock
 
 
@@ -216,15 +217,14 @@ class Terminal:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._expected = 0  # bytes of the echo that have not come yet
         self._line_start = True
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._clear_line = "\n" if dumb else "\r\x1b[K"  # console_codes(4): EL
-        # To draw its line again, the cursor where it was, readline must be told that
-        # the screen has moved on; only its C interface can (rl_on_new_line).
-        self._on_new_line: Callable[[], object] | None = None
+        # GNU readline can erase its rows and draw them anew, the cursor where it
+        # was, but offers that in C only.  Python's module is linked to it.
+        self._library: ctypes.CDLL | None = None
         try:
-            self._on_new_line = ctypes.CDLL(readline.__file__).rl_on_new_line
-        except (AttributeError, OSError):  # no readline, or one built in, or libedit
-            pass
+            self._library = ctypes.CDLL(readline.__file__)
+            self._library.rl_clear_visible_line  # noqa: B018
+        except (AttributeError, OSError):  # no readline, or libedit, or built in
+            self._library = None
 
     def run(self) -> None:
         """Talk until end of input (Ctrl-D), then show what still comes.
@@ -235,6 +235,13 @@ class Terminal:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         signal.signal(signal.SIGALRM, self._tick)
+        try:
+            self._talk()
+        finally:
+            if not self._line_start:
+                self._write("\n")
+
+    def _talk(self) -> None:
         try:
             while True:
                 line = self._ask().encode(sys.stdin.encoding, "surrogateescape") + b"\n"
@@ -251,8 +258,6 @@ class Terminal:
                 self._show(self._exchange())
         except EndOfStream:
             self._show(visible(self._decoder.decode(b"", final=True)))
-        if not self._line_start:
-            self._write("\n")
 
     def _ask(self) -> str:
         if not self._line_start:
@@ -271,21 +276,31 @@ class Terminal:
         """Show what came while input() waits, above the prompt and what is typed so far."""
         text = self._exchange(0)
         if text:
-            end = "" if text.endswith("\n") else "\n"
-            self._write(f"{self._clear_line}{text}{end}")
-            if self._on_new_line:
-                self._on_new_line()
+            if self._library and os.environ.get("TERM") != "dumb":
+                self._library.rl_clear_visible_line()
+                self._library.fflush(None)
+            else:
+                self._write("\n")
+            self._write(text if text.endswith("\n") else text + "\n")
+            if self._library:
+                self._library.rl_on_new_line()
                 readline.redisplay()
             else:
                 self._write(PROMPT + (readline.get_line_buffer() if readline else ""))
 
     def _await_echo(self) -> None:
         """Show the echo as it comes, until it is complete or nothing came for ECHO_WAIT."""
-        while self._expected > 0 or self._unsent:
-            text = self._exchange(ECHO_WAIT)
-            if text is None:
-                return
-            self._show(text)
+        found = termios.tcgetattr(0)
+        if readline:  # what is typed meanwhile is for readline to show, at the next prompt
+            tty.setcbreak(0, termios.TCSADRAIN)
+        try:
+            while self._expected > 0 or self._unsent:
+                text = self._exchange(ECHO_WAIT)
+                if text is None:
+                    return
+                self._show(text)
+        finally:
+            termios.tcsetattr(0, termios.TCSADRAIN, found)
 
     def _exchange(self, timeout: float | None = None) -> str | None:
         """Poll the socket once, for ``timeout`` seconds, and send and receive as it can.
@@ -306,6 +321,8 @@ class Terminal:
                         raise EndOfStream("connection closed by the server")
                     self._expected -= len(data)
                     text = visible(self._decoder.decode(data))
+        except BlockingIOError:  # a false alarm: poll(2), BUGS
+            pass
         except OSError as error:
             raise HungUp(f"connection lost: {error.strerror}") from error
         return text
@@ -360,7 +377,7 @@ def port_number(text: str) -> int:
 
 def positive_seconds(text: str) -> float:
     seconds = float(text)
-    if not 0 < seconds < math.inf:
+    if not 0 < seconds <= 86400:  # a day; much more overflows poll()'s milliseconds
         raise ValueError
     return seconds
 

@@ -332,6 +332,20 @@ def test_bytes_that_are_not_utf_8_go_out_as_they_were_typed(
     assert receive(peer, 5) == b"caf\xe9\n"
 
 
+def test_ctrl_d_typed_while_the_echo_is_awaited_ends_the_input(
+    terminal: Callable[..., Terminal], far_end: FarEnd
+) -> None:
+    user = terminal(far_end.port)
+    peer = far_end.accept()
+    user.sees("<<<")
+    user.type("hello" + ENTER)
+    assert receive(peer, 6) == b"hello\n"
+    user.type(CTRL_D)
+    assert peer.recv(1) == b""
+    peer.close()
+    user.is_left_with(0)
+
+
 def test_a_line_can_be_edited_with_the_arrow_keys(
     terminal: Callable[..., Terminal], far_end: FarEnd
 ) -> None:
@@ -732,8 +746,7 @@ def test_without_readline_text_that_arrives_while_typing_leaves_the_line_whole(
     user.type("hel")
     user.sees("<<< hel")
     peer.sendall(b"news\n")
-    wait_until(lambda: user.rows()[:1] == ["news"], "the news above the prompt")
-    wait_until(lambda: user.rows()[-1].startswith("<<<"), "the prompt below them")
+    user.sees("<<< hel", "news", "<<<")
     user.type("lo" + ENTER)
     assert receive(peer, 6) == b"hello\n"
 

@@ -10,7 +10,7 @@ import random
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 import poll_server
 
+pytestmark = pytest.mark.timeout(400)  # a failure is made as small as possible first
 SIZES = st.sampled_from([1, 1000, 10_000, 80_000, 300_000])
 
 
@@ -82,7 +83,7 @@ class Peer:
         assert len(self.got) == len(self.sent), f"{self}: bytes lost"
 
     def _receive(self, size: int) -> bytes:
-        ready = select.select([self.sock], [], [], DEADLINE)[0]
+        ready = select.select([self.sock], [], [], DEADLINE / 2)[0]
         assert ready, f"{self}: only {len(self.got)} of {len(self.sent)} bytes came"
         return self.sock.recv(size)
 
@@ -96,16 +97,16 @@ class Peers(RuleBasedStateMachine):
     talking = Bundle("talking")
     finished = Bundle("finished")  # they have half-closed, but may still read
 
-    def __init__(self, port: int, lives: Callable[[], bool], empty: Callable[[], bool]) -> None:
+    def __init__(self, start: Callable[[], Process | Thread]) -> None:
         super().__init__()
-        self.port, self.lives, self.empty = port, lives, empty
+        self.server = start()  # a new one each time: a failure can be shrunk
         self.present: list[Peer] = []
         self.count = 0
 
     @rule(target=talking)
     def connect(self) -> Peer:
         self.count += 1
-        self.present.append(Peer(self.port, self.count))
+        self.present.append(Peer(self.server.port, self.count))
         return self.present[-1]
 
     @rule(peer=talking, size=SIZES)
@@ -157,57 +158,60 @@ class Peers(RuleBasedStateMachine):
                     peer.half_close()
             for peer in self.present:
                 peer.read_to_end()
+            with dial("127.0.0.1", self.server.port) as last:
+                assert exchange(last, b"still there?") == b"still there?"
+            wait_until(self.server.empty, "the server to forget them all")
         finally:
             for peer in self.present:
                 peer.sock.close()
-        assert self.lives()
-        with dial("127.0.0.1", self.port) as last:
-            assert exchange(last, b"still there?") == b"still there?"
-        wait_until(self.empty, "the server to forget them all")
+            self.server.stop()
 
 
-def check(port: int, lives: Callable[[], bool], empty: Callable[[], bool]) -> None:
+class Process:
+    """The command itself: when nobody is left it has the descriptors that it began with."""
+
+    def __init__(self) -> None:
+        self.server = Server()
+        self.port = self.server.port
+        self.descriptors = self.server.descriptors()
+
+    def empty(self) -> bool:
+        return self.server.descriptors() == self.descriptors
+
+    def stop(self) -> None:
+        self.server.clean_up()
+
+
+class Thread:
+    """A server whose tables can be looked into; its small send buffers fill at once."""
+
+    def __init__(self) -> None:
+        self.server = poll_server.PollServer(("127.0.0.1", 0))
+        self.port = self.server.server_address[1]
+        for listener in self.server.listeners.values():  # connections inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        threading.Thread(target=self.server.serve_forever).start()
+
+    def empty(self) -> bool:
+        server = self.server
+        return not (server.fd_to_socket or server.connections or server.queues)
+
+    def stop(self) -> None:
+        self.server.server_close()
+
+
+@pytest.mark.parametrize(("start", "examples"), [(Process, 8), (Thread, 20)])
+def test_every_byte_comes_back_and_nothing_is_left_behind(
+    start: Callable[[], Process | Thread], examples: int
+) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: Peers(port, lives, empty),
+        lambda: Peers(start),
         settings=settings(
             derandomize=True,
             database=None,
             deadline=None,
-            max_examples=25,
+            max_examples=examples,
             stateful_step_count=30,
             suppress_health_check=list(HealthCheck),
         ),
-    )
-
-
-def test_every_byte_comes_back_and_every_descriptor(server: Server) -> None:
-    descriptors = server.descriptors()
-    check(
-        server.port,
-        lives=lambda: server.process.poll() is None,
-        empty=lambda: server.descriptors() == descriptors,
-    )
-
-
-@pytest.fixture
-def thread() -> Iterator[tuple[threading.Thread, poll_server.PollServer]]:
-    """A server in a thread, whose tables can be looked into."""
-    with poll_server.PollServer(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield thread, server
-        server.shutdown()
-        thread.join()
-
-
-def test_every_byte_comes_back_and_the_tables_are_empty(
-    thread: tuple[threading.Thread, poll_server.PollServer],
-) -> None:
-    loop, server = thread
-    for listener in server.listeners.values():  # connections inherit it: little makes them wait
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    check(
-        server.server_address[1],
-        lives=loop.is_alive,
-        empty=lambda: not (server.fd_to_socket or server.connections or server.queues),
     )
