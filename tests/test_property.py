@@ -190,14 +190,20 @@ class Thread:
         self.port = self.server.server_address[1]
         for listener in self.server.listeners.values():  # connections inherit it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        threading.Thread(target=self.server.serve_forever).start()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        with self.server:  # closes all should it fail, so that no peer waits in vain
+            self.server.serve_forever()
 
     def empty(self) -> bool:
         server = self.server
         return not (server.fd_to_socket or server.connections or server.queues)
 
     def stop(self) -> None:
-        self.server.server_close()
+        self.server.shutdown()
+        self.thread.join()
 
 
 @pytest.mark.parametrize(("start", "examples"), [(Process, 8), (Thread, 20)])
