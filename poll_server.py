@@ -337,7 +337,7 @@ class PollServer:
             self._mark_busy(events, share)
         self._serve(events)
         empty = 0
-        while work < share and empty < LULL:
+        while work < share and empty < LULL and not self._stops:
             events = self._poll(self._busy_poller, 0)
             if events:
                 work += len(events)
@@ -382,7 +382,8 @@ class PollServer:
     def _serve_own(self, fd: int) -> None:
         """An event on a socket of the server's own: a listener or the wake-up."""
         if fd in self.listeners:
-            self._accept(self.listeners[fd])
+            if self._accepting:  # the event of another listener may have found no room
+                self._accept(self.listeners[fd])
         elif fd == self._wakeup.fileno():
             try:
                 self._stops += len(self._wakeup.recv(16))
