@@ -98,16 +98,6 @@ def test_port_of_another_server_is_one_line_and_exit_1() -> None:
     assert done.stderr == f"poll_server: {reason}\n"
 
 
-def test_one_of_two_addresses_taken_is_an_error_that_names_it() -> None:
-    """Half a server would be a trap: a client might reach the other program."""
-    with socket.create_server(("::", 0), family=socket.AF_INET6) as other:
-        port = other.getsockname()[1]
-        done = run("--host", "", "--port", str(port))
-    assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line == f"poll_server: cannot listen on [::]:{port}: Address already in use"
-
-
 def has_own_hosts_file() -> bool:
     """Whether this machine lets a test resolve names from a hosts file of its own."""
     unshare = shutil.which("unshare")

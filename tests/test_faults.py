@@ -847,36 +847,6 @@ def test_nothing_that_a_peer_sends_gets_raw_into_the_log(serve: Serve) -> None:
     assert not server.matches(r"^127\.0\.0\.1:1 ")
 
 
-@pytest.mark.parametrize("host", ["\x1b[2Jevil\nlistening on all:80", "a" * 70 + ".b", "\udcff"])
-def test_a_hostile_host_makes_one_harmless_line(serve: Serve, host: str) -> None:
-    server = serve("--host", host, ready=False)
-    assert server.wait() == 1
-    (line,) = server.log
-    assert line.startswith("poll_server: cannot resolve ")
-    assert line.isascii() and line.isprintable()
-
-
-def test_a_port_that_is_taken_makes_one_line_that_says_so(serve: Serve, server: Server) -> None:
-    second = serve("--host", "127.0.0.1", "--port", str(server.port), ready=False)
-    assert second.wait() == 1
-    assert second.log == [
-        f"poll_server: cannot listen on 127.0.0.1:{server.port}: Address already in use"
-    ]
-    server.round_trip()
-
-
-@pytest.fixture(params=["localhost", ""])
-def two_addresses(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
-    """A host and the addresses that it has here: ``localhost``, and every host."""
-    found = socket.getaddrinfo(
-        request.param or None, 80, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
-    if len(addresses) < 2:
-        pytest.skip(f"{request.param!r} has one address only here: {addresses}")
-    return request.param, addresses
-
-
 def take(address: str, port: int) -> socket.socket:
     """Listen there, so that nobody else can."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -890,12 +860,12 @@ def take(address: str, port: int) -> socket.socket:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 def test_a_host_with_one_of_its_addresses_taken_is_not_served_by_half(
-    serve: Serve, two_addresses: tuple[str, list[str]], which: int
+    serve: Serve, which: int
 ) -> None:
-    host, addresses = two_addresses
+    addresses = ["0.0.0.0", "::"]
     with take(addresses[which], 0) as other:
         port = other.getsockname()[1]
-        server = serve("--host", host, "--port", str(port), ready=False)
+        server = serve("--host", "", "--port", str(port), ready=False)
         assert server.wait() == 1
     (line,) = server.log
     assert line.startswith("poll_server: cannot listen on ")
@@ -904,22 +874,21 @@ def test_a_host_with_one_of_its_addresses_taken_is_not_served_by_half(
 
 
 def test_a_free_port_is_free_on_all_addresses_of_a_host(
-    two_addresses: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    host, addresses = two_addresses
     taken: list[socket.socket] = []
 
     def listen_on(*arguments: object) -> socket.socket:
         listener = original(*arguments)  # type: ignore[arg-type]
         if not taken:  # somebody is faster on the second address
-            taken.append(take(addresses[1], listener.getsockname()[1]))
+            taken.append(take("::", listener.getsockname()[1]))
         return listener
 
     original = poll_server.listen_on
     monkeypatch.setattr(poll_server, "listen_on", listen_on)
-    listeners = poll_server.listen(host, 0)
+    listeners = poll_server.listen("", 0)
     ports = {listener.getsockname()[1] for listener in listeners}
-    assert len(listeners) == len(addresses)
+    assert len(listeners) == 2
     assert len(ports) == 1
     assert ports != {taken[0].getsockname()[1]}
     for sock in (*listeners, *taken):

@@ -171,19 +171,6 @@ def test_queue_is_made_when_bytes_wait_and_gone_when_they_are_sent() -> None:
         assert not server.queues
 
 
-def test_descriptor_closed_behind_its_back_costs_that_connection_only() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        start(server)
-        with dial(*server.server_address) as victim, dial(*server.server_address) as other:
-            assert exchange(victim, b"victim") == b"victim"
-            assert exchange(other, b"other") == b"other"
-            address = "{}:{}".format(*victim.getsockname())
-            (fd,) = (fd for fd, known in server.connections.items() if known.peer == address)
-            poll_server.os.close(fd)
-            wait_until(lambda: fd not in server.fd_to_socket, "POLLNVAL to be handled")
-            assert exchange(other, b"other again") == b"other again"
-
-
 def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_messages() -> None:
     """Counted in polls of everybody and messages, whatever the machine's speed."""
 
