@@ -161,6 +161,17 @@ def read_to_end(peer: socket.socket) -> bytes:
     return bytes(came)
 
 
+def read_until_gone(peer: socket.socket) -> bytes:
+    """All that comes until end of file or reset."""
+    came = bytearray()
+    try:
+        while part := peer.recv(1 << 20):
+            came += part
+    except ConnectionResetError:
+        pass
+    return bytes(came)
+
+
 def send_until_stuck(peer: socket.socket, pattern: bytes, quiet: float = 0.3) -> int:
     """Send ``pattern`` over and over, reading nothing, until the kernel takes no more.
 
