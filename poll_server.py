@@ -8,7 +8,8 @@ and close, then the loop, then stopping, then the command line.
 Whenever the loop returns to poll(), this holds:
 
 * Every open connection is in ``fd_to_socket``, in ``connections`` and in the
-  poller.  A descriptor leaves all of them before its number can be reused.
+  poller; the busy ones are in the busy poller too, with the same mask.  A
+  descriptor leaves all of them before its number can be reused.
 * It is in ``queues`` exactly while bytes wait that the kernel would not take.
   New bytes then go behind them, so that nothing overtakes.
 * Its registered mask is what ``PollServer._interest`` says of its state:
@@ -80,9 +81,8 @@ class Connection:
 
     ``received`` counts the bytes read from it, ``waiting`` those of them that
     were not sent back yet, ``unsent`` holds the part of the first waiting chunk
-    that a partial send left.  ``moved`` and ``since`` are how many bytes had gone
-    either way at the last look, and at which look (seconds, monotonic) they first
-    had; ``stalled`` means that bytes had to wait while the server was stopping.
+    that a partial send left.  ``moved`` is how many bytes had gone either way at
+    the last look, and ``since`` when (seconds, monotonic) that count was first seen.
     """
 
     __slots__ = (
@@ -92,7 +92,6 @@ class Connection:
         "peer",
         "received",
         "since",
-        "stalled",
         "unsent",
         "waiting",
     )
@@ -102,7 +101,6 @@ class Connection:
         self.received = self.waiting = self.moved = 0
         self.unsent = b""
         self.finished = False
-        self.stalled = False
         self.mask = READ_ONLY
         self.since = time.monotonic()
 
@@ -126,7 +124,8 @@ class PollServer:
     (SO_REUSEPORT, socket(7)).
 
     Raises ``OSError`` when the host cannot be resolved (``socket.gaierror``) or
-    an address cannot be bound; its ``strerror`` is a line for the user.
+    an address cannot be bound; its ``strerror`` is a line for the user.  Raises
+    ``ValueError`` if ``max_connections`` is less than 1.
 
     ``server_address`` is the first address listened on, ``cut`` the number of
     connections that had to be cut when the server stopped.
@@ -142,6 +141,8 @@ class PollServer:
         idle_timeout: float | None = None,
         reuse_port: bool = False,
     ) -> None:
+        if max_connections is not None and max_connections < 1:
+            raise ValueError("max_connections must be at least 1")
         self.max_connections = max_connections
         self.idle_timeout = math.inf if idle_timeout is None else idle_timeout
         self.fd_to_socket: dict[int, socket.socket] = {}
@@ -154,7 +155,8 @@ class PollServer:
         self._tracing = False
         self._accepting = False
         self._refusing = False  # an episode of accepting nothing, reported once
-        self._lull = LULL
+        self._lull = LULL  # the cost of the empty polls since the last event
+        self._work = 0  # what this turn has done, in messages
         self._stops = 0  # how often it was asked to stop
         self._housekeeping_due = 0.0
         self._serving = threading.RLock()  # held while the loop runs
@@ -173,8 +175,6 @@ class PollServer:
         self._busy_poller = select.poll()
         self._busy_poller.register(self._wakeup, READ_ONLY)
         self._resume_accepting()
-        for listener in listeners:
-            log.info("listening on %s", printable(listener.getsockname()))
 
     # -- The life of a connection -------------------------------------------------
 
@@ -192,7 +192,7 @@ class PollServer:
                 return
             except OSError as error:
                 # accept(2): a connection that was aborted while it waited fails
-                # alone, so try the next.  What fails twice running will last:
+                # alone, so try the next.  What fails twice running is taken to last:
                 # EMFILE, ENFILE, ENOBUFS, ENOMEM.
                 if failed:
                     self._pause_accepting(logging.WARNING, f"accept: {error.strerror}")
@@ -208,9 +208,11 @@ class PollServer:
                 close(sock)
                 continue
             fd = sock.fileno()
+            if fd in self.connections:  # somebody closed it, and it was free to come again
+                self._forget(fd)
             self.fd_to_socket[fd] = sock
             self.connections[fd] = Connection(peer)
-            self._busy.add(fd)
+            self._busy.add(fd)  # who connects soon speaks
             self._watch(fd, READ_ONLY)
             log.info("%s opened", peer)
 
@@ -232,6 +234,8 @@ class PollServer:
             self._update(fd, connection)
             return
         connection.received += size
+        if size > CHUNK_SIZE:
+            self._work += size // CHUNK_SIZE
         if not waiting:
             sent = self._send(fd, connection, data)
             if sent is None or sent == size:
@@ -313,32 +317,38 @@ class PollServer:
         Once stopped it does not start again: later calls return at once.
         """
         with self._serving:
+            if not self.listeners:
+                return
+            for listener in self.listeners.values():
+                log.info("listening on %s", printable(listener.getsockname()))
             self._tracing = log.isEnabledFor(logging.DEBUG)
-            while self.listeners and not self._stops:
+            while not self._stops:
                 self._turn()
-            if self.listeners:
-                self._drain()
+            self._drain()
 
     def _turn(self) -> None:
         """Poll everybody and serve who is ready, then stay a while with the busy ones.
 
         poll(2) looks at every descriptor that it is given, so a thousand silent
         connections cost more than the work for a busy one.  Where less than an eighth
-        of them have events, those are polled on their own until events for an eighth
-        were served.  So polls of everybody take a constant part of the time, and a
-        silent peer that speaks waits for that eighth at most.
+        of them have events, those are polled on their own until they have done a
+        share of work, an eighth of a message (or 8 KiB of one) for each connection.
+        So polls of everybody take a constant part of the time, about a quarter, and
+        a silent peer that speaks waits for one share at most.
 
         Where few peers answer fast, falling asleep and waking up costs more than the
         wait for the next message, so the loop sleeps only after a lull.
         """
         everybody = len(self.connections)
+        share = everybody // 8
+        self._work = 0
+        # A lull is LULL empty polls of the busy ones; one of everybody takes longer.
         timeout = TIMEOUT if self._lull >= LULL else 0
         events = self._look(self.poller, timeout, 1 + everybody // 16)
-        work, share = len(events), everybody // 8
-        if 0 < work < share:
+        if events and self._work < share:
             self._mark_busy(events, share)
-            while work < share and self._lull < LULL and not self._stops:
-                work += len(self._look(self._busy_poller, 0, 1))
+            while self._work < share and self._lull < LULL and not self._stops:
+                self._look(self._busy_poller, 0, 1)
         now = time.monotonic()
         if now >= self._housekeeping_due:
             self._housekeeping_due = now + TIMEOUT / 1000
@@ -349,10 +359,11 @@ class PollServer:
         events = self._poll(poller, timeout)
         if events:
             self._lull = 0
+            self._work += len(events)
             self._serve(events)
         else:
             self._lull += cost
-            os.sched_yield()  # whoever shares this core goes first: half the loss there
+            os.sched_yield()  # lets another process on this core run: the lull costs it nothing
         return events
 
     def _poll(self, poller: select.poll, timeout: int) -> list[tuple[int, int]]:
@@ -396,16 +407,19 @@ class PollServer:
 
     def _bury(self, fd: int, flags: int) -> None:
         """Close a connection that the kernel reports dead, with its reason."""
-        sock = self.fd_to_socket[fd]
         if flags & select.POLLNVAL:
-            sock.detach()  # the number may be somebody else's by now: not ours to close
-            self._close(fd, "its descriptor was closed")
+            self._forget(fd)
             return
         try:
-            reason = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            reason = self.fd_to_socket[fd].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except OSError as error:
             reason = error.errno or 0
         self._close(fd, os.strerror(reason) if reason else "hung up")
+
+    def _forget(self, fd: int) -> None:
+        """Drop a connection whose descriptor somebody else has closed."""
+        self.fd_to_socket[fd].detach()  # the number may be another's by now: not ours to close
+        self._close(fd, "its descriptor was closed")
 
     # -- Who is polled --------------------------------------------------------------
 
@@ -470,7 +484,10 @@ class PollServer:
             pass
 
     def server_close(self) -> None:
-        """Stop the loop if it runs, and close everything that is still open."""
+        """Stop the loop if it runs, as ``shutdown()`` does, and close all that is open.
+
+        Not for a signal handler in the loop's own thread.
+        """
         self.shutdown()
         with self._serving:
             for fd in list(self.connections):
@@ -488,9 +505,10 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what is on its way, and close each connection when nothing of it is left.
 
-        Nothing left: no bytes wait for it, poll() finds none to read, and none came
-        for SETTLE seconds before the stop.  A peer whose bytes had to wait may have
-        more in its own kernel, held back until ours has room: SETTLE after those.
+        Nothing is left when no bytes wait for the peer, there are none to read, and
+        that has been so for SETTLE seconds: its own kernel may hold back more until
+        ours has room.  From half the grace period on, SETTLE no longer counts, or a
+        peer that never stops talking would have to be cut.
         """
         log.info("stopping: %d connections are open", len(self.connections))
         for listener in self.listeners.values():
@@ -498,7 +516,7 @@ class PollServer:
                 self._accept(listener, socket.SOMAXCONN)
         self._close_listeners()
         now = time.monotonic()
-        deadline = now + self.grace
+        hurry, deadline = now + self.grace / 2, now + self.grace
         for connection in self.connections.values():
             connection.quiet_for(now)
         timeout = 0
@@ -508,11 +526,9 @@ class PollServer:
             active = dict(events)
             now = time.monotonic()
             for fd, connection in list(self.connections.items()):
-                if fd in self.queues:
-                    connection.stalled = True
-                if fd in self.queues or (connection.stalled and fd in active):
+                if fd in active or fd in self.queues:
                     connection.since = now
-                elif fd not in active and now - connection.since >= SETTLE:
+                elif now - connection.since >= SETTLE or now >= hurry:
                     self._close(fd, "server stopped")
             timeout = 0 if events else DRAIN_TURN
         self._cut()
@@ -535,7 +551,7 @@ class PollServer:
         """
         size = 0
         try:
-            for _ in range(256):  # the peer may go on sending
+            for _ in range(256):  # 56 MiB at most: the peer may go on sending
                 received = self.fd_to_socket[fd].recv_into(self._buffer)
                 if not received:
                     break
@@ -558,12 +574,13 @@ class PollServer:
 # -- Listening ----------------------------------------------------------------------
 
 
-def listen(host: str, port: int, reuse_port: bool = False) -> list[socket.socket]:
+def listen(host: str, port: int, reuse_port: bool = False, tries: int = 10) -> list[socket.socket]:
     """Listen on every address of ``host``, with the same port on all.
 
     An address that the machine does not have (``::1`` where IPv6 is switched off)
-    is left out if another one works.  Raises ``OSError``, its ``strerror`` a line
-    that names the address and the reason.
+    is left out if another one works.  If port 0 finds a port that is free on one
+    address and taken on the next, it tries another, ``tries`` times in all.
+    Raises ``OSError``, its ``strerror`` a line that names the address and the reason.
     """
     try:
         found = socket.getaddrinfo(
@@ -574,6 +591,7 @@ def listen(host: str, port: int, reuse_port: bool = False) -> list[socket.socket
         message = f"cannot resolve {host!a}: {why}"
         raise socket.gaierror(socket.EAI_NONAME, message) from error
     listeners: list[socket.socket] = []
+    missing: list[OSError] = []
     try:
         for family, address in dict.fromkeys((info[0], info[4]) for info in found):
             if listeners:  # port 0 took a free one: the same here
@@ -583,16 +601,17 @@ def listen(host: str, port: int, reuse_port: bool = False) -> list[socket.socket
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
-                missing = error
-                log.info("%s", error.strerror)
+                missing.append(error)
         if not listeners:
-            raise missing
+            raise missing[0]
     except OSError as error:
         for listener in listeners:
             close(listener)
-        if error.errno == errno.EADDRINUSE and listeners and not port:
-            return listen(host, port, reuse_port)  # free on one address, taken on the next
+        if error.errno == errno.EADDRINUSE and not port and tries > 1:
+            return listen(host, port, reuse_port, tries - 1)
         raise
+    for left_out in missing:
+        log.info("%s", left_out.strerror)
     return listeners
 
 
@@ -721,15 +740,34 @@ cannot be used, 2 usage error""",
 
 
 class StandardError(logging.Handler):
-    """Writes each message to descriptor 2, or nowhere if nobody reads it any more.
+    """Writes each message to descriptor 2, unless nobody reads it.
 
-    logging.StreamHandler would complain of that (and Python once more at exit).
+    A pipe whose reader has gone is no reason to complain (logging.StreamHandler
+    would, and Python once more at exit), and a full one none to wait: the lines
+    that do not fit are counted and left out.
     """
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._left_out = 0
+        self._poller = select.poll()
+        self._poller.register(2, select.POLLOUT)  # a pipe then has room for PIPE_BUF: pipe(7)
+
+    def _has_room(self) -> bool:
         try:
-            os.write(2, f"{record.getMessage()}\n".encode())
-        except OSError:
+            return bool(self._poller.poll(0))
+        except OSError:  # poll() fails for the server too, and that must be said
+            return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._has_room():
+            self._left_out += 1
+            return
+        note = f"({self._left_out} lines left out)\n" if self._left_out else ""
+        self._left_out = 0
+        try:
+            os.write(2, f"{note}{record.getMessage()}\n".encode())
+        except OSError:  # EPIPE; ENOSPC, if it is a file
             pass
 
 
@@ -755,8 +793,11 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging(arguments)
     # Every connection is a descriptor, and the soft limit of 1024 protects
     # programs that use select(2).
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # the hard limit is above fs.nr_open: the soft one stays
+        pass
     try:
         server = PollServer(
             (arguments.host, arguments.port),
@@ -774,6 +815,8 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         server.serve_forever()
+        for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, no more can be asked
+            signal.signal(number, signal.SIG_IGN)
     return 1 if server.cut else 0
 
 
