@@ -574,7 +574,7 @@ def test_poll_that_goes_on_failing_is_neither_spun_on_nor_deaf_to_a_stop(traced:
             attempts = trace.failed() - before
             print(f"\npoll failing: CPU {share:.2%}, {attempts} attempts in 1.1 s")
             assert share < NO_SPIN
-            assert attempts < 20
+            assert attempts < 40  # two calls a try: the loop, and the log's look at its pipe
             start = time.monotonic()
             assert traced.stop() == 0
             assert time.monotonic() - start < 2.5
