@@ -340,3 +340,32 @@ def test_soft_descriptor_limit_is_raised(serve: Callable[..., Server]) -> None:
         assert exchange(peer, b"hello") == b"hello"
     for peer in peers:
         peer.close()
+
+
+def test_signal_right_after_the_listening_line_drains(serve: Callable[..., Server]) -> None:
+    for _ in range(8):
+        server = serve()
+        assert server.stop() == 0
+
+
+def test_signals_that_come_late_change_nothing(serve: Callable[..., Server]) -> None:
+    """Ctrl-C pressed twice: the second one may find the drain over."""
+    for _ in range(5):
+        server = serve()
+        while server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not server.matches("Exception")
+
+
+def test_log_reader_that_stalls_stops_neither_echo_nor_stop() -> None:
+    command = [sys.executable, str(SERVER), "-v", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        port = int(process.stderr.readline().rsplit(":", 1)[1])
+        with dial("127.0.0.1", port) as peer:
+            for _ in range(2000):
+                assert exchange(peer, b"not logged for want of room" * 3)
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+        assert not process.stderr.read().endswith("end of file\n")

@@ -268,3 +268,32 @@ def test_lull_ends_in_sleep() -> None:
             before = time.process_time()
             assert not select.select([peer], [], [], 0.5)[0]
             assert time.process_time() - before < 0.25
+
+
+def test_port_that_is_never_free_on_all_addresses_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hosts file may give one name two addresses of which one includes the other."""
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("0.0.0.0", "127.0.0.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:") as caught:
+        PollServer(("both", 0))
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_fewer_than_one_connection_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_connections"):
+        PollServer(("127.0.0.1", 0), max_connections=0)
+
+
+def test_bulk_counts_as_more_than_one_message_in_the_share_of_the_busy() -> None:
+    with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address) as peer:
+        while not server.connections:
+            server._turn()
+        peer.sendall(bytes(64 * 1024))
+        (fd, connection), server._work = next(iter(server.connections.items())), 0
+        while connection.received < 64 * 1024:
+            server._receive(fd, connection)
+        assert server._work >= 64 * 1024 // poll_server.CHUNK_SIZE - 8
