@@ -292,8 +292,8 @@ def test_bulk_counts_as_more_than_one_message_in_the_share_of_the_busy() -> None
     with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address) as peer:
         while not server.connections:
             server._turn()
-        peer.sendall(bytes(64 * 1024))
+        peer.sendall(bytes(200_000))
         (fd, connection), server._work = next(iter(server.connections.items())), 0
-        while connection.received < 64 * 1024:
+        while connection.received < 200_000:
             server._receive(fd, connection)
-        assert server._work >= 64 * 1024 // poll_server.CHUNK_SIZE - 8
+        assert server._work > 8
