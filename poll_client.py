@@ -248,6 +248,8 @@ class Terminal:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         signal.signal(signal.SIGALRM, self._tick)
         signal.signal(signal.SIGTSTP, self._suspend)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, self._leave)
         try:
             self._talk()
         finally:
@@ -290,17 +292,36 @@ class Terminal:
                 self._asking = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
+    def _leave(self, number: int, _: object) -> None:
+        """Leave by an exception, so that readline puts the terminal back as it was."""
+        self._stop_ticking()
+        sys.exit(128 + number)
+
     def _suspend(self, *_: object) -> None:
-        """Leave input() for Ctrl-Z by an exception, so that readline tidies the terminal."""
         if self._asking:
+            self._stop_ticking()
             raise Suspended
+
+    def _stop_ticking(self) -> None:
+        """To be called before an exception leaves input().
+
+        input() calls pending signal handlers with the exception already set, which
+        turns it into a SystemError: so have a tick that is due done with first.
+        """
+        self._asking = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.raise_signal(signal.SIGALRM)
 
     def _tick(self, *_: object) -> None:
         """Show what came while input() waits, above the prompt and what is typed so far."""
         if not self._asking:  # a late tick, or one while this shows what came
             return
         self._asking = False
-        text = self._exchange(0)
+        try:
+            text = self._exchange(0)
+        except HungUp:
+            self._stop_ticking()
+            raise
         if text:
             if self._library and os.environ.get("TERM") != "dumb":
                 self._library.rl_clear_visible_line()
@@ -384,9 +405,6 @@ def visible(text: str) -> str:
 def converse(sock: socket.socket) -> int:
     """Talk at the terminal; returns the exit status."""
     log.info("connected to %s; Ctrl-D ends, Ctrl-C leaves at once", printable(sock.getpeername()))
-    # Leave by an exception, so that readline puts the terminal back as it was.
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     Terminal(sock).run()
     return 0
 

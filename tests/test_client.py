@@ -1177,3 +1177,100 @@ def test_a_bad_argument_is_a_usage_error(
         assert messages.startswith("usage: poll_client ")
         assert f"argument {arguments[0]}: invalid" in messages
         assert "Traceback" not in messages
+
+
+@pytest.mark.parametrize(("key", "status"), [("\x1c", 131)])
+def test_ctrl_backslash_leaves_the_terminal_as_it_was_found(
+    terminal: Callable[..., Terminal], far_end: FarEnd, key: str, status: int
+) -> None:
+    user = terminal(far_end.port)
+    user.sees("<<<")
+    user.type(key)
+    user.is_left_with(status)
+
+
+def test_ctrl_z_suspends_with_a_sane_terminal_and_goes_on_with_a_prompt(
+    terminal: Callable[..., Terminal], server: Server
+) -> None:
+    user = terminal(server.port)
+    user.sees("<<<")
+    user.type("\x1a")
+
+    def state() -> str:
+        return Path(f"/proc/{user.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+    wait_until(lambda: state() == "T", "the client to be stopped")
+    assert termios.tcgetattr(user.slave) == user.found
+    user.process.send_signal(signal.SIGCONT)
+    user.sees("<<<", "<<<")
+    user.type("hello" + ENTER)
+    user.sees("<<<", "<<< hello", "hello", "<<<")
+    user.type(CTRL_D)
+    user.is_left_with(0)
+
+
+def test_a_server_that_talks_slowly_all_the_time_does_not_lock_the_user_out(
+    terminal: Callable[..., Terminal], far_end: FarEnd
+) -> None:
+    user = terminal(far_end.port)
+    peer = far_end.accept()
+    user.sees("<<<")
+    line = "x" * 400
+    user.type(line + ENTER)
+    assert receive(peer, 401)
+    sent = 0
+    while not user.rows()[-1].startswith("<<<"):
+        assert sent < 300, "the prompt must come back long before the echo is complete"
+        peer.sendall(b".")
+        sent += 1
+        select.select([], [], [], 0.1)
+    user.type(CTRL_C)
+    user.is_left_with(130)
+
+
+def test_no_text_is_lost_on_a_terminal_that_is_slow(
+    terminal: Callable[..., Terminal], far_end: FarEnd
+) -> None:
+    user = terminal(far_end.port)
+    peer = far_end.accept()
+    user.sees("<<<")
+    numbers = "".join(f"{number:07d}\n" for number in range(40_000))
+    sender = threading.Thread(target=peer.sendall, args=(numbers.encode(),))
+    sender.start()
+    select.select([], [], [], 0.5)  # nobody looks at the screen, and the timer goes on
+    shown = b""
+
+    def everything_came() -> bool:
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(user.screen, 1 << 16):
+                shown += part
+        return shown.count(b"\n") >= 40_000
+
+    wait_until(everything_came, "all the text")
+    sender.join()
+    assert re.findall(rb"(?<!\d)\d{7}(?=\r\n)", shown)[-1] == b"0039999"
+    plain = re.sub(rb"\x1b\[[?0-9]*[A-Za-z]", b"", shown)
+    assert b"".join(re.findall(rb"\d+", plain)).decode() == numbers.replace("\n", "")
+    user.type(CTRL_C)
+    user.is_left_with(130)
+
+
+def test_a_non_blocking_output_loses_nothing(server: Server) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    command = [sys.executable, str(CLIENT), "--port", str(server.port)]
+    data = bytes(range(256)) * 8000
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writer) as process:
+        os.close(writer)
+        assert process.stdin is not None
+        sender = threading.Thread(target=lambda: (process.stdin.write(data), process.stdin.close()))
+        sender.start()
+        select.select([], [], [], 0.3)  # the pipe fills
+        came = b""
+        while part := os.read(reader, 1 << 16):
+            came += part
+        sender.join()
+        assert process.wait(DEADLINE) == 0
+    os.close(reader)
+    assert came == data
