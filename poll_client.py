@@ -2,7 +2,7 @@
 """The other end of poll_server.py: sends its input, shows what comes back.
 
 In a pipe it copies bytes both ways at once, and its exit status tells whether
-the echo was exact (``relay``).  At a terminal it lets a person type lines, and
+the echo was exact (``Relay``).  At a terminal it lets a person type lines, and
 shows whatever the server sends the moment it comes (``Terminal``).
 
 Both are the server's loop seen from the other side: a select.poll object tells
@@ -473,7 +473,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.raiseExceptions = False  # nobody may read standard error
     # The socket would get the number of a standard descriptor that is closed at start,
     # since the lowest free one is given out (open(2)).
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import select
 import signal
 import socket
 import threading
@@ -228,9 +227,3 @@ def test_descriptors_are_back_when_all_peers_have_gone(server: Server) -> None:
     for peer in peers:
         peer.close()
     wait_until(lambda: server.descriptors() == before, "the descriptors to be closed")
-
-
-def test_poll_reports_nothing_for_a_peer_that_is_silent(server: Server) -> None:
-    with server.connect() as peer:
-        assert exchange(peer, b"hello") == b"hello"
-        assert not select.select([peer], [], [], 0.2)[0]
