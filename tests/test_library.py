@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import select
 import signal
 import socket
@@ -194,10 +195,18 @@ class Counting:
         return getattr(self.poller, name)
 
 
-def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_messages() -> None:
+def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Counted in polls of everybody and messages, whatever the machine's speed."""
-
+    monkeypatch.setattr(poll_server, "LULL", 20_000)  # no pause of the talkers ends a turn
     silent, busy = 400, 4
+    stop = threading.Event()
+
+    def talk(talker: socket.socket) -> None:
+        while not stop.is_set():
+            assert exchange(talker, b"busy") == b"busy"
+
     with PollServer(("127.0.0.1", 0)) as server:
         counting = Counting(server)
         server.poller = counting  # type: ignore[assignment]
@@ -205,31 +214,38 @@ def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_message
         quiet = [dial(*server.server_address) for _ in range(silent)]
         wait_until(lambda: len(server.connections) == silent, "all to be accepted")
         talkers = [dial(*server.server_address) for _ in range(busy)]
-        for _ in range(500):
-            for talker in talkers:
-                talker.sendall(b"busy")
-            for talker in talkers:
-                assert talker.recv(4) == b"busy"
+        chats = [threading.Thread(target=talk, args=(talker,)) for talker in talkers]
+        begin = len(counting.echoed)
+        for chat in chats:
+            chat.start()
+        wait_until(lambda: counting.echoed[-1] > 2000, "many messages")
+        stop.set()
+        for chat in chats:
+            join(chat)
         for peer in quiet + talkers:
             peer.close()
-    served = [after - before for before, after in zip(counting.echoed, counting.echoed[1:])]
+    echoed = counting.echoed[begin:]
+    served = [after - before for before, after in itertools.pairwise(echoed)]
     share = (silent + busy) // 8
     assert max(served) <= share + busy
-    assert len(served) < 2000, "most turns must have polled the busy ones only"
+    assert len([count for count in served if count]) < 2000 / busy / 4
 
 
-def test_peers_that_come_and_go_beside_silent_ones_need_few_polls_of_everybody() -> None:
+def test_peers_that_come_and_go_beside_silent_ones_need_few_polls_of_everybody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(poll_server, "LULL", 20_000)  # no pause between them ends a turn
     with PollServer(("127.0.0.1", 0)) as server:
         counting = Counting(server)
         server.poller = counting  # type: ignore[assignment]
         start(server)
-        quiet = [dial(*server.server_address) for _ in range(2000)]
-        wait_until(lambda: len(server.connections) == 2000, "all to be accepted")
+        quiet = [dial(*server.server_address) for _ in range(800)]
+        wait_until(lambda: len(server.connections) == 800, "all to be accepted")
         before = len(counting.echoed)
-        for _ in range(300):
+        for _ in range(200):
             with dial(*server.server_address) as peer:
                 assert exchange(peer, b"hello") == b"hello"
-        assert len(counting.echoed) - before < 300
+        assert len(counting.echoed) - before < 100
         for peer in quiet:
             peer.close()
 
