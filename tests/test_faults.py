@@ -905,10 +905,10 @@ def test_a_descriptor_that_somebody_else_closed_is_forgotten_and_left_alone(
         with dial(*server.server_address) as peer, dial(*server.server_address) as other:
             exchange(peer, b"hello")
             exchange(other, b"hello")
-            fd = next(iter(server.connections))
+            fd = next(iter(server.fd_to_socket))
             os.close(fd)
-            wait_until(lambda: fd not in server.connections, "the connection to be forgotten")
-            assert len(server.connections) == 1
+            wait_until(lambda: fd not in server.fd_to_socket, "the connection to be forgotten")
+            assert len(server.fd_to_socket) == 1
             with dial(*server.server_address) as third:
                 assert exchange(third, b"still there?") == b"still there?"
         server.shutdown()

@@ -124,7 +124,7 @@ def test_leaving_the_with_block_stops_a_serving_thread() -> None:
     join(thread)
     with peer:
         assert peer.recv(1) == b""
-    assert not (server.fd_to_socket or server.connections or server.queues or server.listeners)
+    assert not (server.fd_to_socket or server.queues or server.listeners)
 
 
 def test_shutdown_from_a_signal_handler_in_the_serving_thread() -> None:
@@ -187,7 +187,7 @@ class Counting:
         self.server, self.poller, self.echoed = server, server.poller, [0]
 
     def poll(self, timeout: int) -> list[tuple[int, int]]:
-        total = sum(known.received for known in list(self.server.connections.values()))
+        total = sum(known.received for known in list(self.server.fd_to_socket.values()))
         self.echoed.append(total // 4)
         return self.poller.poll(timeout)
 
@@ -212,7 +212,7 @@ def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_message
         server.poller = counting  # type: ignore[assignment]
         start(server)
         quiet = [dial(*server.server_address) for _ in range(silent)]
-        wait_until(lambda: len(server.connections) == silent, "all to be accepted")
+        wait_until(lambda: len(server.fd_to_socket) == silent, "all to be accepted")
         talkers = [dial(*server.server_address) for _ in range(busy)]
         chats = [threading.Thread(target=talk, args=(talker,)) for talker in talkers]
         begin = len(counting.echoed)
@@ -240,7 +240,7 @@ def test_peers_that_come_and_go_beside_silent_ones_need_few_polls_of_everybody(
         server.poller = counting  # type: ignore[assignment]
         start(server)
         quiet = [dial(*server.server_address) for _ in range(800)]
-        wait_until(lambda: len(server.connections) == 800, "all to be accepted")
+        wait_until(lambda: len(server.fd_to_socket) == 800, "all to be accepted")
         before = len(counting.echoed)
         for _ in range(200):
             with dial(*server.server_address) as peer:
@@ -294,10 +294,10 @@ def test_fewer_than_one_connection_is_refused() -> None:
 
 def test_bulk_counts_as_more_than_one_message_in_the_share_of_the_busy() -> None:
     with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address) as peer:
-        while not server.connections:
+        while not server.fd_to_socket:
             server._turn()
         peer.sendall(bytes(200_000))
-        (fd, connection), server._work = next(iter(server.connections.items())), 0
+        (fd, connection), server._work = next(iter(server.fd_to_socket.items())), 0
         while connection.received < 200_000:
-            server._receive(fd, connection)
+            server._serve([(fd, select.POLLIN)])
         assert server._work > 8

@@ -199,7 +199,7 @@ class Thread:
 
     def empty(self) -> bool:
         server = self.server
-        return not (server.fd_to_socket or server.connections or server.queues)
+        return not (server.fd_to_socket or server.queues)
 
     def stop(self) -> None:
         self.server.shutdown()
