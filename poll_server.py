@@ -335,9 +335,9 @@ class PollServer:
         """Poll everybody and serve who is ready, then stay a while with the busy ones.
 
         poll(2) looks at every descriptor that it is given, so a thousand silent
-        connections cost more than the work for a busy one.  Where less than an eighth
+        connections cost more than the work for a busy one.  Where less than a quarter
         of them have events, those are polled on their own until they have done a
-        share of work, an eighth of a message (or 8 KiB of one) for each connection.
+        share of work, a quarter of a message (or 8 KiB of one) for each connection.
         So polls of everybody take a constant part of the time, and a silent peer that
         speaks, or a stop, waits for one share at most.  The listeners are polled with
         the busy ones: who connects, speaks and goes again is one of them.
@@ -346,7 +346,7 @@ class PollServer:
         wait for the next message, so the loop sleeps only after a lull.
         """
         everybody = len(self.fd_to_socket)
-        share = everybody // 8
+        share = everybody // 4  # with 8: 0.85 of the messages beside 5,000 or 15,000 silent ones
         self._work = 0
         # A lull is LULL empty polls of the busy ones; one of everybody takes longer.
         timeout = TIMEOUT if self._lull >= LULL else 0

@@ -226,7 +226,7 @@ def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_message
             peer.close()
     echoed = counting.echoed[begin:]
     served = [after - before for before, after in itertools.pairwise(echoed)]
-    share = (silent + busy) // 8
+    share = (silent + busy) // 4
     assert max(served) <= share + busy
     assert len([count for count in served if count]) < 2000 / busy / 4
 
@@ -248,6 +248,19 @@ def test_peers_that_come_and_go_beside_silent_ones_need_few_polls_of_everybody(
         assert len(counting.echoed) - before < 100
         for peer in quiet:
             peer.close()
+
+
+def test_who_connected_last_and_is_silent_is_not_polled_with_the_busy_ones() -> None:
+    with PollServer(("127.0.0.1", 0)) as server:
+        start(server)
+        quiet = [dial(*server.server_address) for _ in range(200)]
+        with dial(*server.server_address) as peer:
+            wait_until(
+                lambda: exchange(peer, b"busy") == b"busy" and len(server._busy) <= 4,
+                "the silent ones to be left out",
+            )
+        for other in quiet:
+            other.close()
 
 
 def test_hot_connections_that_switch_masks_stay_exact_beside_silent_ones() -> None:
