@@ -3,13 +3,14 @@
 
 It is here to be read, and to be relied on as the far end of a test.  The file
 follows a connection's life: the tables and limits, then accept, receive, send
-and close, then the loop, then stopping, then the command line.
+and close, then the loop, then stopping, then the command line.  All but a few
+messages are received and sent in ``PollServer._serve``, so begin there.
 
 Whenever the loop returns to poll(), this holds:
 
-* Every open connection is in ``fd_to_socket``, in ``connections`` and in the
-  poller; the busy ones are in the busy poller too, with the same mask.  A
-  descriptor leaves all of them before its number can be reused.
+* Every open connection is in ``fd_to_socket`` and in the poller; the busy ones
+  are in the busy poller too, with the same mask.  A descriptor leaves all of
+  them before its number can be reused.
 * It is in ``queues`` exactly while bytes wait that the kernel would not take.
   New bytes then go behind them, so that nothing overtakes.
 * Its registered mask is what ``PollServer._interest`` says of its state:
@@ -22,13 +23,14 @@ Whenever the loop returns to poll(), this holds:
       none               finished               close
 
 * A handler acts on one event of one descriptor and closes no other one; each
-  descriptor is at most once in the list that poll() returns.  So no event can
-  reach a connection that it was not meant for.
+  descriptor is at most once in the list that poll() returns, and the listeners
+  come last, because accept() gives numbers anew.  So no event can reach a
+  connection that it was not meant for.
 
 What each event means on a TCP socket, and what is done about it:
 
       POLLIN    bytes, EOF or a connection to accept  one bounded receive
-      POLLPRI   an urgent byte is in the stream       the same: it is in line
+      POLLPRI   an urgent byte is in the stream       receive: it is in line
       POLLOUT   a third of the send buffer is free    send what waits
       POLLERR   the connection failed (SO_ERROR)      close: it is dead
       POLLHUP   both directions are shut              close: it is dead
@@ -65,6 +67,7 @@ DEAD = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 TIMEOUT = 1000  # milliseconds that poll() waits at most: when housekeeping is due
 RECEIVE_SIZE = 224 * 1024  # bytes per receive: 128 KiB moves 0.92 times as much, 512 KiB no more
+SHORT = 2 * 1024  # bytes of a message for which a slice of the buffer is ready
 CHUNK_SIZE = 8 * 1024  # bytes per receive while others wait; more than this is bulk work
 QUEUE_CHUNKS = 3  # with the two above at most 248 KiB wait for one peer
 ACCEPTS_PER_TURN = 64  # about 2 ms; a flood of connects must not hold up the others
@@ -96,8 +99,13 @@ class Connection(socket.socket):
         "waiting",
     )
 
-    def __init__(self, fd: int, peer: str) -> None:
-        super().__init__(-1, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
+    def __init__(self, family: int, fd: int, peer: str) -> None:
+        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
+        try:
+            self.setblocking(False)
+        except OSError:  # ioctl(2) can fail for want of memory
+            self.close()
+            raise
         self.peer = peer
         self.received = self.waiting = self.moved = 0
         self.unsent = b""
@@ -124,8 +132,11 @@ class TracedConnection(Connection):
         return size
 
     def send(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        size = super().send(data)
-        log.debug("%s sent %s", self.peer, excerpt(data[:size]))
+        size = 0
+        try:
+            size = super().send(data)
+        finally:
+            log.debug("%s sent %s", self.peer, excerpt(data[:size]))
         return size
 
 
@@ -170,8 +181,8 @@ class PollServer:
         # 16 bytes into one.
         pages = mmap.mmap(-1, RECEIVE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._buffer = memoryview(pages)
-        # Its first bytes, by how many: 1.04 times the rate of a new slice per message.
-        self._views = [self._buffer[:size] for size in range(CHUNK_SIZE + 1)]
+        # _views[n] is its first n bytes: 1.04 times the rate of a new slice per message.
+        self._views = [self._buffer[:size] for size in range(SHORT)]
         self._tracing = False
         self._accepting = False
         self._refusing = False  # an episode of accepting nothing, reported once
@@ -206,8 +217,8 @@ class PollServer:
                 self._pause_accepting(logging.INFO, f"{self.max_connections} connections, the most")
                 return
             try:
-                # What accept() calls to get the descriptor of which it makes a socket.
-                # To make another of that would cost a short connection 1.1 times the CPU.
+                # accept() would wrap the descriptor in a plain socket, and to wrap it twice
+                # costs a short connection 1.1 times the CPU.  This is what accept() calls.
                 fd, address = listener._accept()  # type: ignore[attr-defined]
             except BlockingIOError:  # the backlog is empty
                 self._refusing = False
@@ -224,15 +235,11 @@ class PollServer:
             failed = False
             most -= 1
             peer = printable(address)
+            family = socket.AF_INET6 if len(address) > 2 else socket.AF_INET
             try:
-                os.set_blocking(fd, False)
-                connection = kind(fd, peer)
-            except OSError as error:  # ioctl(2) and getsockname(2) can fail for want of memory
+                connection = kind(family, fd, peer)
+            except OSError as error:
                 log.info("%s refused: %s", peer, error.strerror)
-                try:
-                    os.close(fd)
-                except OSError:  # close(2): the descriptor is gone all the same
-                    pass
                 continue
             if fd in self.fd_to_socket:  # somebody closed it, and it was free to come again
                 self._forget(fd)
@@ -241,12 +248,12 @@ class PollServer:
             self._watch(fd, READ_ONLY)
             log.info("%s opened", peer)
 
-    def _receive_behind(self, fd: int, connection: Connection) -> None:
-        """Receive a chunk and queue it behind what waits already."""
-        size = connection.recv_into(self._views[CHUNK_SIZE])
+    def _receive_chunk(self, fd: int, connection: Connection) -> None:
+        """Receive a chunk and queue it, behind what waits already if anything does."""
+        size = connection.recv_into(self._buffer[:CHUNK_SIZE])
         connection.received += size
         if size:
-            self._keep(fd, connection, self._views[size])
+            self._keep(fd, connection, self._buffer[:size])
         else:
             self._finish(fd, connection)
 
@@ -389,19 +396,20 @@ class PollServer:
         if self._tracing:
             self._trace(events)
         fd_to_socket, buffer, views = self.fd_to_socket, self._buffer, self._views
+        own = []
         for fd, flags in events:
             try:
                 connection = fd_to_socket[fd]
             except KeyError:
-                self._serve_own(fd)
+                own.append(fd)
                 continue
             try:
                 if flags == select.POLLIN and not connection.waiting:
                     size = connection.recv_into(buffer)
                     connection.received += size
-                    if size > CHUNK_SIZE:
-                        self._work += size // CHUNK_SIZE
+                    if size >= SHORT:
                         data = buffer[:size]
+                        self._work += size // CHUNK_SIZE
                     elif size:
                         data = views[size]
                     else:
@@ -409,7 +417,7 @@ class PollServer:
                         continue
                     try:
                         sent = connection.send(data)
-                    except OSError:  # no room now, or no peer any more: the next try tells
+                    except OSError:  # no room; or another error, which the next send meets too
                         sent = 0
                     if sent != size:
                         self._keep(fd, connection, data[sent:])
@@ -417,12 +425,14 @@ class PollServer:
                     self._bury(fd, flags)
                 elif flags & select.POLLOUT:  # what came meanwhile is there at the next poll
                     self._send_waiting(fd, connection)
-                else:  # while bytes wait, or POLLPRI
-                    self._receive_behind(fd, connection)
+                else:  # bytes wait, or POLLPRI, too rare to be fast
+                    self._receive_chunk(fd, connection)
             except BlockingIOError:  # a false alarm: poll(2), BUGS
                 pass
             except OSError as error:  # ECONNRESET, EPIPE: the peer is gone
                 self._close(fd, error.strerror or "failed")
+        for fd in own:
+            self._serve_own(fd)
 
     def _trace(self, events: list[tuple[int, int]]) -> None:
         for fd, flags in events:
@@ -434,8 +444,9 @@ class PollServer:
         """An event on a socket of the server's own: a listener or the wake-up."""
         if fd in self.listeners:
             if self._accepting:  # the event of another listener may have found no room
-                # To hear from accept() that there is no other costs a short connection
-                # 1.1 times the CPU; while few are open, to hear it from poll() is cheap.
+                # A second accept() only to learn that there was no other costs a short
+                # connection 1.1 times the CPU, and with few open one more poll() is cheap.
+                # But only an empty backlog ends an episode of accepting nothing.
                 few = len(self.fd_to_socket) < ACCEPTS_PER_TURN and not self._refusing
                 self._accept(self.listeners[fd], 1 if few else ACCEPTS_PER_TURN)
         elif fd == self._wakeup.fileno():
@@ -468,7 +479,7 @@ class PollServer:
             self._busy_poller.register(fd, mask)
 
     def _mark_busy(self, events: list[tuple[int, int]]) -> None:
-        """Add who has an event to the busy ones; if most of those have none, start anew."""
+        """Add who has an event to the busy ones; if three quarters have none, start anew."""
         if len(self._busy) > 4 * len(events):
             self._busy.clear()
             self._busy_poller = select.poll()
@@ -591,9 +602,10 @@ class PollServer:
         peer has not yet taken from our kernel (RFC 2525, section 2.17).
         """
         size = 0
+        connection = self.fd_to_socket[fd]
         try:
             for _ in range(256):  # 56 MiB at most: the peer may go on sending
-                received = self.fd_to_socket[fd].recv_into(self._buffer)
+                received = socket.socket.recv_into(connection, self._buffer)  # not to be traced
                 if not received:
                     break
                 size += received

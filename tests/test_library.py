@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import select
 import signal
 import socket
@@ -314,3 +315,28 @@ def test_bulk_counts_as_more_than_one_message_in_the_share_of_the_busy() -> None
         while connection.received < 200_000:
             server._serve([(fd, select.POLLIN)])
         assert server._work > 8
+
+
+def test_a_default_timeout_of_the_program_stops_nobody() -> None:
+    socket.setdefaulttimeout(DEADLINE * 3)
+    try:
+        with PollServer(("127.0.0.1", 0)) as server:
+            start(server)
+            with dial(*server.server_address) as stuck, dial(*server.server_address) as peer:
+                send_until_stuck(stuck, b"x" * 65536)
+                assert exchange(peer, b"hello") == b"hello"
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_a_number_that_is_given_anew_gets_no_event_of_its_last_owner() -> None:
+    with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address):
+        while not server.fd_to_socket:
+            server._turn()
+        (number,) = server.fd_to_socket
+        with dial(*server.server_address) as peer:
+            os.close(number)  # POLLNVAL, and accept() returns it, in one list of events
+            server._turn()
+            assert list(server.fd_to_socket) == [number]
+            start(server)
+            assert exchange(peer, b"hello") == b"hello"
