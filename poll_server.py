@@ -396,7 +396,7 @@ class PollServer:
         if self._tracing:
             self._trace(events)
         fd_to_socket, buffer, views = self.fd_to_socket, self._buffer, self._views
-        own = []
+        own = []  # served last: accept() gives numbers anew, maybe of this very list
         for fd, flags in events:
             try:
                 connection = fd_to_socket[fd]
