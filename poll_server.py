@@ -67,9 +67,9 @@ DEAD = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 TIMEOUT = 1000  # milliseconds that poll() waits at most: when housekeeping is due
 RECEIVE_SIZE = 224 * 1024  # bytes per receive: 128 KiB moves 0.97 times as much, 512 KiB no more
-SHORT = 4 * 1024  # bytes up to which slices of the buffer are ready: 0.8 MiB of them
 CHUNK_SIZE = 8 * 1024  # bytes per receive while others wait; more than this is bulk work
 QUEUE_CHUNKS = 3  # with the two above at most 248 KiB wait for one peer
+SHORT = 4 * 1024  # bytes up to which slices of the buffer are ready: 0.8 MiB of them
 ACCEPTS_PER_TURN = 64  # about 2 ms; a flood of connects must not hold up the others
 LULL = 50  # empty polls, about 50 us, before it sleeps: 2.9 times the messages of one peer
 POLL_RETRY = 0.1  # seconds to wait when poll() itself fails: ten tries a second are no spin
@@ -101,11 +101,7 @@ class Connection(socket.socket):
 
     def __init__(self, family: int, fd: int, peer: str) -> None:
         super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
-        try:
-            self.setblocking(False)
-        except OSError:  # ioctl(2) can fail for want of memory
-            self.close()
-            raise
+        self.setblocking(False)
         self.peer = peer
         self.received = self.waiting = self.moved = 0
         self.unsent = b""
@@ -238,7 +234,7 @@ class PollServer:
             family = socket.AF_INET6 if len(address) > 2 else socket.AF_INET
             try:
                 connection = kind(family, fd, peer)
-            except OSError as error:
+            except OSError as error:  # ioctl(2), for want of memory; what was made closes itself
                 log.info("%s refused: %s", peer, error.strerror)
                 continue
             if fd in self.fd_to_socket:  # somebody closed it, and it was free to come again
@@ -430,7 +426,7 @@ class PollServer:
             except BlockingIOError:  # a false alarm: poll(2), BUGS
                 pass
             except OSError as error:  # ECONNRESET, EPIPE: the peer is gone
-                self._close(fd, error.strerror or "failed")
+                self._close(fd, f"{error.strerror}")
         for fd in own:
             self._serve_own(fd)
 

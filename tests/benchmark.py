@@ -121,7 +121,7 @@ def serve_threads(port: int) -> None:
 
 
 def serve_epoll(port: int) -> None:
-    """poll_server's direct echo and nothing else, on epoll(7)."""
+    """A direct echo like poll_server's and nothing else, on epoll(7)."""
     listener = socket.create_server((HOST, port), backlog=socket.SOMAXCONN)
     listener.setblocking(False)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it

@@ -319,6 +319,22 @@ def test_grace_period_is_five_seconds(serve: Callable[..., Server]) -> None:
         assert time.monotonic() - start >= 4.9
 
 
+def test_what_is_traced_adds_up_to_what_the_last_line_says(serve: Callable[..., Server]) -> None:
+    server = serve("-v")
+    with server.connect(receive_buffer=4096) as peer:
+        send_until_stuck(peer, PATTERN)
+        server.send_signal()
+        server.wait_for_log("stopping")
+        assert server.stop() == 1
+    for way, count in (
+        ("received", r"closed: (\d+) bytes in"),
+        ("sent", r"closed: \d+ bytes in, (\d+) out"),
+    ):
+        traced = sum(int(found[1]) for found in server.matches(rf"{way} (\d+) bytes"))
+        assert [int(found[1]) for found in server.matches(count)] == [traced]
+        assert traced > 8192
+
+
 def test_second_signal_cuts_at_once(serve: Callable[..., Server]) -> None:
     code = "import sys, poll_server as p; p.PollServer.grace = 3600; sys.exit(p.main())"
     server = serve(command=(sys.executable, "-c", code))

@@ -554,6 +554,30 @@ def test_a_send_that_fails_while_more_has_come_costs_that_connection_only(traced
         assert is_served(traced)
 
 
+def test_a_send_that_fails_once_is_tried_again_and_loses_nothing(traced: Server) -> None:
+    for error in "EAGAIN", "ENOBUFS", "ENOMEM":
+        with traced.connect() as peer:
+            exchange(peer, b"hello")
+            with failing(traced, "sendto", error, "1") as trace:
+                assert exchange(peer, b"still there?") == b"still there?", error
+                assert trace.failed()
+
+
+def test_a_connection_that_cannot_be_made_non_blocking_is_refused(traced: Server) -> None:
+    assert is_served(traced)
+    wait_until(lambda: len(traced.matches(" closed: ")) == 1, "the first to be closed")
+    before = traced.descriptors()
+    with failing(traced, "ioctl", "ENOMEM", "1") as trace:
+        with traced.connect() as peer:
+            assert read_to_end(peer) == b""
+        assert trace.failed()
+    assert traced.descriptors() == before
+    with failing(traced, "getsockname", "ENOBUFS", "1") as trace:  # its answer is not needed
+        assert is_served(traced)
+        assert trace.failed()
+        wait_until(lambda: traced.descriptors() == before, "no descriptor to be left")
+
+
 def test_a_failed_look_at_why_a_connection_died_costs_nothing_more(traced: Server) -> None:
     for error in "EBADF", "ENOBUFS", "ENOMEM":
         with failing(traced, "getsockopt", error, "1") as trace:

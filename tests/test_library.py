@@ -340,3 +340,17 @@ def test_a_number_that_is_given_anew_gets_no_event_of_its_last_owner() -> None:
             assert list(server.fd_to_socket) == [number]
             start(server)
             assert exchange(peer, b"hello") == b"hello"
+
+
+def test_a_number_that_comes_again_before_poll_could_tell_is_the_new_peers() -> None:
+    with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address):
+        while not server.fd_to_socket:
+            server._turn()
+        (number,) = server.fd_to_socket
+        (listener,) = server.listeners.values()
+        with dial(*server.server_address) as peer:
+            os.close(number)
+            server._accept(listener, 1)
+            assert list(server.fd_to_socket) == [number]
+            start(server)
+            assert exchange(peer, b"hello") == b"hello"
