@@ -1,0 +1,236 @@
+"""Every answer that the kernel can give, run through ``Connection``; and ``Poller`` by the clock.
+
+Scripts answer instead of sockets and clocks, so that nothing depends on buffers or on
+the machine, and no sequence is left out.  ``pytest -s -n 0 tests/test_states.py`` prints
+how many there were.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import queue
+import select
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import poll_server
+from poll_server import READ_ONLY, READ_WRITE, WRITE_ONLY, Connection, Poller
+
+IN, OUT, ERR = select.POLLIN, select.POLLOUT, select.POLLERR
+ROOM, CHUNK, CHUNKS = 4, 2, 3  # bytes per receive, and while others wait; chunks per queue
+EVENTS = 5  # enough to fill the queue and go on from there; with 6, 965,362 sequences and 20 s
+
+
+def scripts() -> Iterator[Callable[[int], int]]:
+    """All ways to make choices: each function yielded chooses one of the ``count`` it is given."""
+    script: list[list[int]] = []  # the choices so far, each with its count
+    while True:
+        place = itertools.count()
+
+        def choose(count: int, script: list[list[int]] = script) -> int:
+            at = next(place)
+            if at == len(script):
+                script.append([0, count])
+            return script[at][0]
+
+        yield choose
+        while script and script[-1][0] == script[-1][1] - 1:
+            script.pop()
+        if not script:
+            return
+        script[-1][0] += 1
+
+
+class Kernel:
+    """A socket that answers as the script says; every byte it gives is another one."""
+
+    def __init__(self) -> None:
+        self.choose: Callable[[int], int]
+        self.came = self.went = b""
+        self.ended = False
+
+    def recv_into(self, buffer: memoryview, size: int = 0) -> int:
+        assert not self.ended, "received after the end of file"
+        room = size or len(buffer)
+        sizes = (room, 1, 0, BlockingIOError, ConnectionResetError)
+        answer = sizes[self.choose(len(sizes))]
+        if not isinstance(answer, int):
+            raise answer
+        buffer[:answer] = bytes(range(len(self.came), len(self.came) + answer))
+        self.came += bytes(buffer[:answer])
+        self.ended = not answer
+        return answer
+
+    def send(self, data: bytes | memoryview) -> int:
+        sizes = (len(data), BlockingIOError, BrokenPipeError, len(data) // 2)
+        answer = sizes[self.choose(4 if len(data) > 1 else 3)]
+        if not isinstance(answer, int):
+            raise answer
+        self.went += bytes(data[:answer])
+        return answer
+
+
+def fork(connection: Connection) -> Connection:
+    """A copy that goes its own way."""
+    other = copy.copy(connection)
+    other.sock = copy.copy(connection.sock)
+    if connection.waiting:
+        other.waiting = queue.Queue(connection.waiting.maxsize)
+        other.waiting.queue.extend(connection.waiting.queue)
+    return other
+
+
+def check(connection: Connection) -> int:
+    """What must hold after every event; returns the mask, by the table of the module."""
+    kernel: Kernel = connection.sock  # type: ignore[assignment]
+    chunks = list(connection.waiting.queue) if connection.waiting else []
+    waiting = b"".join(chunks)
+    assert kernel.came == kernel.went + waiting, "lost, doubled or out of order"
+    assert all(chunks) and (connection.waiting is None) == (not chunks)
+    assert connection.unsent == len(waiting) <= ROOM + (CHUNKS - 1) * CHUNK
+    assert (connection.received, connection.finished) == (len(kernel.came), kernel.ended)
+    if kernel.ended:
+        mask = WRITE_ONLY if waiting else 0
+    else:
+        mask = (READ_ONLY, READ_WRITE, READ_WRITE, WRITE_ONLY)[len(chunks)]
+    assert connection.interest() == mask
+    return mask
+
+
+def explore(before: Connection, events: int, count: Counter[str]) -> None:
+    """Let one event happen in every possible way, and then the rest."""
+    mask = check(before)
+    if not mask or not events:
+        count["sequences"] += 1
+        count["came to an end"] += not mask
+        return
+    # POLLERR may come alone.  What is read next is the kernel's choice.
+    for flags in [flags for flags in (IN, OUT, IN | OUT) if flags & mask == flags] + [ERR]:
+        for choose in scripts():
+            after = fork(before)
+            after.sock.choose = choose  # type: ignore[attr-defined]
+            try:
+                changed = after.handle(flags, memoryview(bytearray(ROOM)))
+            except BlockingIOError:  # a false alarm: as if nothing had happened
+                count["false alarms"] += 1
+                assert check(after) == mask
+                assert vars_of(after) == vars_of(before)
+                continue
+            except OSError:
+                count["failed"] += 1
+                check(after)
+                continue
+            assert check(after) == mask or changed, "a new mask that nobody hears of"
+            explore(after, events - 1, count)
+
+
+def vars_of(connection: Connection) -> list[object]:
+    sizes = [bytes(chunk) for chunk in connection.waiting.queue] if connection.waiting else []
+    return [sizes, connection.received, connection.unsent, connection.finished]
+
+
+def test_every_sequence_of_the_kernels_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_server, "CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr(poll_server, "QUEUE_CHUNKS", CHUNKS)
+    count: Counter[str] = Counter()
+    explore(Connection(Kernel(), "peer"), EVENTS, count)  # type: ignore[arg-type]
+    print(f"\n{EVENTS} events in a row:", ", ".join(f"{n} {what}" for what, n in count.items()))
+    assert min(count.values()) > 1000
+
+
+# -- Poller ---------------------------------------------------------------------------
+
+LISTENER, A, B, SILENT = 3, 4, 5, range(6, 12)
+PATIENCE = 0.001  # seconds per descriptor: 9 are registered, so that 9 ms are the law
+COST = 0.0001  # seconds of a poll for each descriptor in it
+TURNS = 5
+
+
+class World:
+    """A clock, and who is ready since when: the kernel of two scripted poll objects."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.ready: dict[int, float] = {}
+        self.polls: list[ScriptedPoll] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def poll(self) -> ScriptedPoll:
+        self.polls.append(ScriptedPoll(self))
+        return self.polls[-1]
+
+
+class ScriptedPoll:
+    """``select.poll`` in that world: it takes time, and sleeps if nobody is ready."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.masks: dict[int, int] = {}
+        self.register = self.masks.__setitem__
+        self.unregister = self.masks.__delitem__
+
+    def poll(self, timeout: int) -> list[tuple[int, int]]:
+        assert isinstance(timeout, int) and timeout >= 0
+        self.world.now += COST * len(self.masks)
+        events = [(fd, IN) for fd in self.world.ready if self.masks.get(fd, 0) & IN]
+        self.world.now += 0 if events else timeout / 1000
+        return events
+
+
+def run_turns(poller: Poller, world: World, turns: tuple[str, ...]) -> float:
+    """The longest that anybody waited while these things happened, a turn each."""
+    registered = dict.fromkeys((LISTENER, A, B, *SILENT), READ_ONLY)
+    for fd, mask in registered.items():
+        poller.register(fd, mask)
+    longest = 0.0
+    for turn in turns:
+        for name, fd in (("A", A), ("B", B)):
+            if name in turn and fd in registered:
+                world.ready.setdefault(fd, world.now)
+        if turn == "mask":
+            registered[A] = READ_WRITE if registered[A] == READ_ONLY else READ_ONLY
+            poller.register(A, registered[A])
+        if turn == "leave":
+            poller.unregister(B)
+            registered.pop(B, None)
+            world.ready.pop(B, None)
+        if turn == "return":
+            registered[B] = READ_ONLY
+            poller.register(B, READ_ONLY)
+        events = poller.poll(5)
+        everybody, few = poller._everybody, poller._few
+        assert everybody.masks == registered
+        assert few.masks.items() <= registered.items(), "not the same mask in both"
+        assert LISTENER in few.masks
+        for fd, _ in events:
+            assert fd in registered
+            longest = max(longest, world.now - world.ready.pop(fd))
+        world.now += 0.0005 * len(events)  # the work for them
+        longest = max([longest, *(world.now - since for since in world.ready.values())])
+    return longest
+
+
+def test_nobody_waits_longer_than_the_law_and_masks_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(poll_server, "FEW", 0)
+    monkeypatch.setattr(poll_server, "PATIENCE", PATIENCE)
+    things = ("A", "B", "A B", "nothing", "mask", "leave", "return")
+    longest, apart = 0.0, 0
+    for turns in itertools.product(things, repeat=TURNS):
+        world = World()
+        monkeypatch.setattr(poll_server, "time", world)
+        monkeypatch.setattr(poll_server, "select", world)
+        poller = Poller(always={LISTENER})
+        longest = max(longest, run_turns(poller, world, turns))
+        apart += len(world.polls) > 2
+    print(
+        f"\n{len(things) ** TURNS} sequences of {TURNS} turns: nobody waited over {longest:.4f} s"
+    )
+    assert longest <= 9 * PATIENCE + 9 * COST + 0.001
+    assert apart > 1000
