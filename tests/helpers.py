@@ -1,24 +1,40 @@
-"""What the tests share: real server processes, real peers, and waits with a deadline."""
+"""What the tests share: real processes, peers and terminals, faults, and waits with a deadline."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
+import random
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
+import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyte
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-SERVER = ROOT / "poll_server.py"
-CLIENT = ROOT / "poll_client.py"
+SERVER, CLIENT = ROOT / "poll_server.py", ROOT / "poll_client.py"
 DEADLINE = 20.0  # seconds after which a wait gives up: for a loaded machine, never reached
+KIB, MIB = 1024, 1024 * 1024
+NO_SPIN = 0.05  # the share of a core that is too little for a loop that runs free
+PATTERN = random.Random(1).randbytes(999_983)  # its length is prime: a shift of it shows
+
+
+def pattern(size: int) -> bytes:
+    return (PATTERN * (size // len(PATTERN) + 1))[:size]
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
@@ -27,6 +43,37 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = DEAD
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s in vain for {what}"
         time.sleep(0.005)
+
+
+# -- Processes ------------------------------------------------------------------------
+
+
+def state(pid: int) -> str:
+    """R, S, T and so on: proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def memory(pid: int, peak: bool = False) -> int:
+    """Resident memory, now or the most so far, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) * KIB  # type: ignore[index]
+
+
+def cpu_share(pid: int, seconds: float = 0.5) -> float:
+    """The part of a core that a process takes meanwhile: clock_getcpuclockid(3)."""
+    clock = ~pid << 3 | 2
+    used, start = time.clock_gettime(clock), time.monotonic()
+    time.sleep(seconds)
+    return (time.clock_gettime(clock) - used) / (time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Meanwhile the process stands still, and what is done to it piles up in the kernel."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state(pid) == "T", "the process to stop")
+    yield
+    os.kill(pid, signal.SIGCONT)
 
 
 class Server:
@@ -53,53 +100,32 @@ class Server:
         if ready:
             self.wait_for_log(r"^listening on .*:\d+$")
             self.port = int(self.matches(r"^listening on .*:(\d+)$")[0][1])
+            # Also when a wrapper such as unshare started it.
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            self.pid = int((children.read_text().split() or [str(self.process.pid)])[0])
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line.rstrip("\n"))
 
-    @property
-    def pid(self) -> int:
-        """The server's own process, also when a wrapper such as strace started it."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(children[0]) if children else pid
+    def matches(self, expression: str) -> list[re.Match[str]]:
+        return [found for line in list(self.log) if (found := re.search(expression, line))]
 
-    def matches(self, pattern: str) -> list[re.Match[str]]:
-        return [found for line in list(self.log) if (found := re.search(pattern, line))]
-
-    def wait_for_log(self, pattern: str, count: int = 1) -> None:
+    def wait_for_log(self, expression: str, count: int = 1) -> None:
         wait_until(
-            lambda: len(self.matches(pattern)) >= count or not self._reader.is_alive(),
-            f"{count} x {pattern!r} in the log",
+            lambda: len(self.matches(expression)) >= count or not self._reader.is_alive(),
+            f"{count} x {expression!r} in the log",
         )
-        assert len(self.matches(pattern)) >= count, "\n".join(self.log)
+        assert len(self.matches(expression)) >= count, "\n".join(self.log)
 
     def connect(self, host: str = "127.0.0.1", receive_buffer: int = 0) -> socket.socket:
-        return dial(host, self.port, receive_buffer)
-
-    def round_trip(self, message: bytes = b"still there?") -> float:
-        """Echo one message on a new connection; returns the seconds it took."""
-        with self.connect() as peer:
-            start = time.monotonic()
-            assert exchange(peer, message) == message
-            return time.monotonic() - start
+        return dial((host, self.port), receive_buffer)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    def memory(self) -> int:
-        """Resident memory now, in bytes."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-
-    def cpu(self) -> float:
-        """Seconds of processor time used so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def send_signal(self, number: int = signal.SIGTERM) -> None:
+    def kill(self, number: int = signal.SIGTERM) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
@@ -109,86 +135,257 @@ class Server:
         return status
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        self.send_signal(number)
+        self.kill(number)
         return self.wait()
 
     def clean_up(self) -> None:
         """End the process, whatever state it is in, and look for what must never be there."""
         if self.process.poll() is None:
-            os.kill(self.pid, signal.SIGCONT)
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(getattr(self, "pid", self.process.pid), signal.SIGKILL)
         self.wait()
-        assert not self.matches("Traceback"), "\n".join(self.log)
+        assert not self.matches("Traceback|Exception|race condition"), "\n".join(self.log)
 
 
-def dial(host: str, port: int, receive_buffer: int = 0) -> socket.socket:
-    """A connected socket whose calls fail the test rather than wait for ever."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    peer = socket.socket(family, socket.SOCK_STREAM)
-    if receive_buffer:  # before connecting, so that the window is small from the start
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+# -- Peers ----------------------------------------------------------------------------
+
+
+def dial(address: tuple[str, int], receive_buffer: int = 0, far: bool = False) -> socket.socket:
+    """A connected socket whose calls fail the test rather than wait for ever.
+
+    ``far``: as if over Ethernet, with small buffers; 300 KiB unread, and it is stuck.  (The
+    segment size decides how large a send buffer the server's kernel starts with.)
+    """
+    peer = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    if receive_buffer or far:  # before connecting, so that the window is small from the start
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer or 4096)
+    if far:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.settimeout(DEADLINE)
-    peer.connect((host, port))
+    peer.connect(address)
     return peer
 
 
 def exchange(peer: socket.socket, data: bytes) -> bytes:
     """Send ``data`` while reading, and return the first ``len(data)`` bytes that come back."""
-    unsent, came = memoryview(data), bytearray()
-    timeout = peer.gettimeout()
+    sent, came = 0, bytearray()
     peer.setblocking(False)
     poller = select.poll()
     while len(came) < len(data):
-        poller.register(peer, select.POLLIN | (select.POLLOUT if unsent else 0))
+        poller.register(peer, select.POLLIN | (select.POLLOUT if sent < len(data) else 0))
         events = poller.poll(DEADLINE * 1000)
         assert events, f"only {len(came)} of {len(data)} bytes came back"
         for _, flags in events:
             if flags & select.POLLOUT:
-                unsent = unsent[peer.send(unsent) :]
+                sent += peer.send(memoryview(data)[sent : sent + MIB])
             if flags & ~select.POLLOUT:
-                part = peer.recv(1 << 20)
+                part = peer.recv(min(MIB, len(data) - len(came)))
                 assert part, f"end of file after {len(came)} of {len(data)} bytes"
                 came += part
-    peer.settimeout(timeout)
-    return bytes(came)
-
-
-def read_to_end(peer: socket.socket) -> bytes:
-    """All that comes until end of file."""
-    came = bytearray()
-    while part := peer.recv(1 << 20):
-        came += part
-    return bytes(came)
-
-
-def read_until_gone(peer: socket.socket) -> bytes:
-    """All that comes until end of file or reset."""
-    came = bytearray()
-    try:
-        while part := peer.recv(1 << 20):
-            came += part
-    except ConnectionResetError:
-        pass
-    return bytes(came)
-
-
-def send_until_stuck(peer: socket.socket, pattern: bytes, quiet: float = 0.3) -> int:
-    """Send ``pattern`` over and over, reading nothing, until the kernel takes no more.
-
-    Returns the number of bytes that it took.  The peer is left blocking.
-    """
-    size = 0
-    peer.setblocking(False)
-    while select.select([], [peer], [], quiet)[1]:
-        try:
-            size += peer.send((pattern[size % len(pattern) :] + pattern)[: 1 << 20])
-        except BlockingIOError:
-            pass
     peer.settimeout(DEADLINE)
-    return size
+    return bytes(came)
+
+
+def receive(peer: socket.socket, size: int) -> bytes:
+    """``size`` bytes that are due, or less if the peer ends before."""
+    came = b""
+    while len(came) < size and (part := peer.recv(size - len(came))):
+        came += part
+    return came
+
+
+def read_to_end(peer: socket.socket, reset_is_end: bool = False) -> bytes:
+    came = bytearray()
+    with contextlib.suppress(*([ConnectionResetError] if reset_is_end else [])):
+        while part := peer.recv(MIB):
+            came += part
+    return bytes(came)
+
+
+def push(*peers: socket.socket, most: int = 64 * MIB, quiet: float = 0.3) -> list[int]:
+    """Send PATTERN from all peers at once, reading nothing, until they are stuck.
+
+    That is when none could send for ``quiet`` seconds, or each has sent ``most`` bytes;
+    returns how much the kernel took from each.
+    """
+    sizes = dict.fromkeys(peers, 0)
+    going = set(peers)
+    for peer in peers:
+        peer.setblocking(False)
+    while going and (ready := select.select([], going, [], quiet)[1]):
+        for peer in ready:
+            at = sizes[peer] % len(PATTERN)
+            with contextlib.suppress(BlockingIOError):
+                sizes[peer] += peer.send(PATTERN[at : at + min(256 * KIB, most - sizes[peer])])
+            if sizes[peer] >= most:
+                going.remove(peer)
+    for peer in peers:
+        peer.settimeout(DEADLINE)
+    return list(sizes.values())
 
 
 def reset(peer: socket.socket) -> None:
     """Close with a reset (socket(7), SO_LINGER with a linger of 0)."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
+
+
+def unacknowledged(peer: socket.socket) -> int:
+    """Bytes that are still in the peer's own kernel: tcp(7), SIOCOUTQ."""
+    return int(struct.unpack("i", fcntl.ioctl(peer, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def is_served(server: Server) -> bool:
+    """Whether a new peer is echoed; False if its connection is lost."""
+    with server.connect() as peer, contextlib.suppress(ConnectionError):
+        peer.sendall(b"?")
+        return peer.recv(1) == b"?"
+    return False
+
+
+# -- Faults ---------------------------------------------------------------------------
+
+# Lets strace attach where only a parent may (the Yama module): prctl(2), PR_SET_PTRACER.
+TRACEABLE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+AS_TRACEABLE = (sys.executable, "-ISc", TRACEABLE)
+
+
+@contextlib.contextmanager
+def failing(pid: int, call: str, error: str, when: str) -> Iterator[Callable[[], int]]:
+    """Let the kernel fail a process's calls, those that ``when`` counts from now on.
+
+    Gives a function that tells how many calls were made to fail so far.
+    """
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed: no system call can be made to fail")
+    with tempfile.NamedTemporaryFile() as file:
+        command = ["strace", "-f", "-p", str(pid), "-o", file.name]
+        command += ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+            try:
+                assert tracer.stderr is not None
+                said = tracer.stderr.readline()
+                if "attached" not in said:
+                    pytest.skip(f"strace cannot attach to another process here: {said}")
+                yield lambda: Path(file.name).read_text().count("(INJECTED)")
+            finally:
+                tracer.terminate()
+                tracer.wait()
+
+
+# -- The client's surroundings ----------------------------------------------------------
+
+UP, LEFT, CTRL_C, CTRL_D, CTRL_Z, ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1a", "\r"
+WITHOUT_READLINE = (
+    "-c",
+    "import runpy, sys; sys.modules['readline'] = None;"
+    f"runpy.run_path({str(CLIENT)!r}, run_name='__main__')",
+)
+
+
+class Terminal:
+    """A pseudo-terminal in which the client runs, the person who sits there, and the screen."""
+
+    def __init__(
+        self,
+        port: int,
+        *arguments: str,
+        host: str = "127.0.0.1",
+        program: tuple[str, ...] = (str(CLIENT),),
+        wrapper: tuple[str, ...] = (),
+        size: tuple[int, int] = (80, 24),  # columns and lines
+        environment: dict[str, str] | None = None,
+        **options: object,
+    ) -> None:
+        self.screen = pyte.HistoryScreen(*size, history=10_000, ratio=1)
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.person, self.tty = pty.openpty()
+        os.set_blocking(self.person, False)
+        fcntl.ioctl(self.tty, termios.TIOCSWINSZ, struct.pack("HHHH", *size[::-1], 0, 0))
+        self.found = termios.tcgetattr(self.tty)
+        command = ["setsid", "--ctty", *wrapper, sys.executable, *program, "--host", host]
+        streams = {"stdin": self.tty, "stdout": self.tty, "stderr": self.tty}
+        self.process = subprocess.Popen(  # type: ignore[call-overload]
+            [*command, "--port", str(port), *arguments],
+            env=os.environ
+            | {"TERM": "xterm", "LC_ALL": "C.UTF-8", "INPUTRC": os.devnull}
+            | (environment or {}),
+            **(streams | options),
+        )
+
+    def type(self, keys: str | bytes) -> None:
+        os.write(self.person, keys if isinstance(keys, bytes) else keys.encode())
+
+    def look(self) -> list[str]:
+        """All rows that were ever on the screen, but the empty ones at its end."""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.person, 1 << 16):
+                self.raw += part
+                self._stream.feed(part)
+        columns = range(self.screen.columns)
+        above = ["".join(row[x].data for x in columns) for row in self.screen.history.top]
+        seen = [row.rstrip() for row in (*above, *self.screen.display)]
+        last = max([len(above) + self.screen.cursor.y, *(i for i, row in enumerate(seen) if row)])
+        return seen[: last + 1]
+
+    def rows(self) -> list[str]:
+        """What is below the greeting; the prompt's last blank is not seen."""
+        return self.look()[1:]
+
+    def sees(self, *rows: str) -> None:
+        """Wait until exactly these rows are below the greeting."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: self.rows() == [*rows], "the screen to look right")
+        assert self.rows() == [*rows]
+
+    def ends(self, status: int) -> None:
+        """Wait for the end, and find the terminal as it was, at the start of a line."""
+        wait_until(lambda: self.look() and self.process.poll() is not None, "the client's end")
+        assert "Traceback" not in "\n".join(self.look())
+        assert self.process.returncode == status, self.look()
+        assert termios.tcgetattr(self.tty) == self.found
+        assert self.look() and self.screen.cursor.x == 0
+
+    def close(self) -> None:
+        with self.process:
+            self.process.kill()
+        os.close(self.person)
+        os.close(self.tty)
+
+
+class FarEnd:
+    """The server's side, played by the test: it listens, and the test does the rest."""
+
+    def __init__(self, host: str = "127.0.0.1", backlog: int = 8) -> None:
+        self._closing = contextlib.ExitStack()
+        self.listener = self._closing.enter_context(
+            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        )
+        self.listener.bind((host, 0))
+        self.listener.listen(backlog)
+        self.listener.settimeout(DEADLINE)
+        self.port: int = self.listener.getsockname()[1]
+
+    def accept(self) -> socket.socket:
+        peer = self._closing.enter_context(self.listener.accept()[0])
+        peer.settimeout(DEADLINE)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return peer
+
+    def refuse_silently(self) -> None:
+        """Fill the backlog, so that whoever connects next gets no answer."""
+        answered = True
+        while answered:
+            peer = self._closing.enter_context(socket.socket())
+            peer.setblocking(False)
+            peer.connect_ex(self.listener.getsockname())
+            answered = bool(select.select([], [peer], [], 0.3)[1])
+
+    def close(self) -> None:
+        self._closing.close()
