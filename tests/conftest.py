@@ -1,16 +1,13 @@
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 
 import pytest
 
 pytest.register_assert_rewrite("helpers")
-from helpers import CLIENT, DEADLINE, FarEnd, Server, Terminal
+from helpers import CLIENT, DEADLINE, STREAMS, FarEnd, Server, Terminal, wait_until
 
 # What the environment brings must not decide: an unbuffered standard error hides what
 # becomes of text that nobody reads, a size that is not the terminal's would be believed,
@@ -22,12 +19,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
+def serve():
     """Start server processes; all are gone when the test ends."""
-    servers: list[Server] = []
+    servers = []
 
-    def start(*arguments: str, **options: object) -> Server:
-        servers.append(Server(*arguments, **options))  # type: ignore[arg-type]
+    def start(*arguments, **options):
+        servers.append(Server(*arguments, **options))
         return servers[-1]
 
     yield start
@@ -36,25 +33,24 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def server(serve: Callable[..., Server]) -> Server:
+def server(serve):
     """A server with the default options, on a free port."""
     return serve()
 
 
 @pytest.fixture
-def far_end() -> Iterator[FarEnd]:
-    end = FarEnd()
-    yield end
-    end.close()
+def far_end():
+    with FarEnd() as end:
+        yield end
 
 
 @pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
+def terminal():
     """Start the client in new pseudo-terminals; all are gone when the test ends."""
     with contextlib.ExitStack() as closing:
 
-        def start(port: int, *arguments: str, **options: object) -> Terminal:
-            terminal = Terminal(port, *arguments, **options)  # type: ignore[arg-type]
+        def start(port, *arguments, **options):
+            terminal = Terminal(port, *arguments, **options)
             closing.callback(terminal.close)
             return terminal
 
@@ -62,17 +58,27 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start the client in pipes; all are gone when the test ends."""
-    clients: list[subprocess.Popen[bytes]] = []
+def talk(terminal, far_end):
+    """Start a client; gives it when it is at its prompt, and the server's end."""
 
-    def start(
-        port: int, *arguments: str, wrapper: tuple[str, ...] = (), **options: object
-    ) -> subprocess.Popen[bytes]:
+    def start(*arguments, **options):
+        user, peer = terminal(far_end.port, *arguments, **options), far_end.accept()
+        wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
+        return user, peer
+
+    return start
+
+
+@pytest.fixture
+def start():
+    """Start the client in pipes; all are gone when the test ends."""
+    clients = []
+
+    def start(port, *arguments, wrapper=(), **options):
         host = () if "--host" in arguments else ("--host", "127.0.0.1")
         command = [*wrapper, sys.executable, str(CLIENT), *host, "--port", str(port), *arguments]
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        clients.append(subprocess.Popen(command, bufsize=0, **(pipes | options)))  # type: ignore[call-overload]
+        pipes = dict.fromkeys(STREAMS, subprocess.PIPE)
+        clients.append(subprocess.Popen(command, bufsize=0, **(pipes | options)))
         return clients[-1]
 
     yield start

@@ -1,7 +1,5 @@
 """What the tests share: real processes, peers and terminals, faults, and waits with a deadline."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -19,7 +17,6 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyte
@@ -27,17 +24,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER, CLIENT = ROOT / "poll_server.py", ROOT / "poll_client.py"
+STREAMS = ("stdin", "stdout", "stderr")
 DEADLINE = 20.0  # seconds after which a wait gives up: for a loaded machine, never reached
 KIB, MIB = 1024, 1024 * 1024
 NO_SPIN = 0.05  # the share of a core that is too little for a loop that runs free
 PATTERN = random.Random(1).randbytes(999_983)  # its length is prime: a shift of it shows
 
 
-def pattern(size: int) -> bytes:
+def pattern(size):
     return (PATTERN * (size // len(PATTERN) + 1))[:size]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
+def wait_until(condition, what, seconds=DEADLINE):
     """Wait until ``condition()`` is true, and fail the test if that takes too long."""
     end = time.monotonic() + seconds
     while not condition():
@@ -45,21 +43,18 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = DEAD
         time.sleep(0.005)
 
 
-# -- Processes ------------------------------------------------------------------------
-
-
-def state(pid: int) -> str:
+def state(pid):
     """R, S, T and so on: proc(5)."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
-def memory(pid: int, peak: bool = False) -> int:
+def memory(pid, peak=False):
     """Resident memory, now or the most so far, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) * KIB  # type: ignore[index]
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) * KIB
 
 
-def cpu_share(pid: int, seconds: float = 0.5) -> float:
+def cpu_share(pid, seconds=0.5):
     """The part of a core that a process takes meanwhile: clock_getcpuclockid(3)."""
     clock = ~pid << 3 | 2
     used, start = time.clock_gettime(clock), time.monotonic()
@@ -68,7 +63,7 @@ def cpu_share(pid: int, seconds: float = 0.5) -> float:
 
 
 @contextlib.contextmanager
-def frozen(pid: int) -> Iterator[None]:
+def frozen(pid):
     """Meanwhile the process stands still, and what is done to it piles up in the kernel."""
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: state(pid) == "T", "the process to stop")
@@ -79,77 +74,81 @@ def frozen(pid: int) -> Iterator[None]:
 class Server:
     """``python poll_server.py`` with these arguments, its log and its resources."""
 
-    def __init__(
-        self,
-        *arguments: str,
-        wrapper: tuple[str, ...] = (),
-        command: tuple[str, ...] = (sys.executable, str(SERVER)),
-        ready: bool = True,
-    ) -> None:
+    def __init__(self, *arguments, wrapper=(), command=(sys.executable, str(SERVER)), ready=True):
         port = () if "--port" in arguments else ("--port", "0")
-        self.log: list[str] = []
-        self.process = subprocess.Popen(
-            [*wrapper, *command, *arguments, *port],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.log, self.peers = [], []
+        words = [*wrapper, *command, *arguments, *port]
+        streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(words, cwd=ROOT, **streams)
+        self.pid = self.process.pid
         self._reader = threading.Thread(target=self._read_log)
         self._reader.start()
         if ready:
             self.wait_for_log(r"^listening on .*:\d+$")
             self.port = int(self.matches(r"^listening on .*:(\d+)$")[0][1])
-            # Also when a wrapper such as unshare started it.
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-            self.pid = int((children.read_text().split() or [str(self.process.pid)])[0])
 
-    def _read_log(self) -> None:
-        assert self.process.stderr is not None
+    def _read_log(self):
         for line in self.process.stderr:
             self.log.append(line.rstrip("\n"))
 
-    def matches(self, expression: str) -> list[re.Match[str]]:
+    def matches(self, expression):
         return [found for line in list(self.log) if (found := re.search(expression, line))]
 
-    def wait_for_log(self, expression: str, count: int = 1) -> None:
+    def wait_for_log(self, expression, count=1):
         wait_until(
             lambda: len(self.matches(expression)) >= count or not self._reader.is_alive(),
             f"{count} x {expression!r} in the log",
         )
         assert len(self.matches(expression)) >= count, "\n".join(self.log)
 
-    def connect(self, host: str = "127.0.0.1", receive_buffer: int = 0) -> socket.socket:
-        return dial((host, self.port), receive_buffer)
+    def connect(self, host="127.0.0.1", receive_buffer=0, far=False):
+        """A peer, which is closed when the test ends."""
+        self.peers.append(dial((host, self.port), receive_buffer, far))
+        return self.peers[-1]
 
-    def descriptors(self) -> int:
+    def crowd(self, count, word=b""):
+        """Many peers, each of which has said a word."""
+        peers = [self.connect() for _ in range(count)]
+        for peer in peers:
+            peer.sendall(word)
+        return peers
+
+    def descriptors(self):
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    def kill(self, number: int = signal.SIGTERM) -> None:
+    def kill(self, number=signal.SIGTERM):
         os.kill(self.pid, number)
 
-    def wait(self) -> int:
+    def wait(self):
         """The exit status, once the process has ended and its log is complete."""
         status = self.process.wait(DEADLINE)
         self._reader.join(DEADLINE)
         return status
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
+    def stop(self, number=signal.SIGTERM):
         self.kill(number)
         return self.wait()
 
-    def clean_up(self) -> None:
+    def clean_up(self):
         """End the process, whatever state it is in, and look for what must never be there."""
-        if self.process.poll() is None:
-            os.kill(getattr(self, "pid", self.process.pid), signal.SIGKILL)
+        for peer in self.peers:
+            peer.close()
+        self.process.kill()
         self.wait()
         assert not self.matches("Traceback|Exception|race condition"), "\n".join(self.log)
 
 
-# -- Peers ----------------------------------------------------------------------------
+def with_hosts(path, *hosts):
+    """A wrapper in which the name several.test has these addresses; skips where none can be."""
+    (path / "hosts").write_text("".join(f"{host} several.test\n" for host in hosts))
+    script = f'mount --bind {path / "hosts"} /etc/hosts && exec "$@"'
+    wrapper = ("unshare", "-rm", "sh", "-c", script, "sh")
+    if not shutil.which("unshare") or subprocess.run([*wrapper, "true"]).returncode:
+        pytest.skip("needs unshare(1) and user namespaces")
+    return wrapper
 
 
-def dial(address: tuple[str, int], receive_buffer: int = 0, far: bool = False) -> socket.socket:
+def dial(address, receive_buffer=0, far=False):
     """A connected socket whose calls fail the test rather than wait for ever.
 
     ``far``: as if over Ethernet, with small buffers; 300 KiB unread, and it is stuck.  (The
@@ -167,7 +166,7 @@ def dial(address: tuple[str, int], receive_buffer: int = 0, far: bool = False) -
     return peer
 
 
-def exchange(peer: socket.socket, data: bytes) -> bytes:
+def exchange(peer, data):
     """Send ``data`` while reading, and return the first ``len(data)`` bytes that come back."""
     sent, came = 0, bytearray()
     peer.setblocking(False)
@@ -187,7 +186,7 @@ def exchange(peer: socket.socket, data: bytes) -> bytes:
     return bytes(came)
 
 
-def receive(peer: socket.socket, size: int) -> bytes:
+def receive(peer, size):
     """``size`` bytes that are due, or less if the peer ends before."""
     came = b""
     while len(came) < size and (part := peer.recv(size - len(came))):
@@ -195,7 +194,7 @@ def receive(peer: socket.socket, size: int) -> bytes:
     return came
 
 
-def read_to_end(peer: socket.socket, reset_is_end: bool = False) -> bytes:
+def read_to_end(peer, reset_is_end=False):
     came = bytearray()
     with contextlib.suppress(*([ConnectionResetError] if reset_is_end else [])):
         while part := peer.recv(MIB):
@@ -203,11 +202,11 @@ def read_to_end(peer: socket.socket, reset_is_end: bool = False) -> bytes:
     return bytes(came)
 
 
-def push(*peers: socket.socket, most: int = 64 * MIB, quiet: float = 0.3) -> list[int]:
+def push(*peers, most=64 * MIB, quiet=0.3):
     """Send PATTERN from all peers at once, reading nothing, until they are stuck.
 
-    That is when none could send for ``quiet`` seconds, or each has sent ``most`` bytes;
-    returns how much the kernel took from each.
+    That is when none could send for ``quiet`` seconds, or each has sent ``most`` bytes or
+    lost its connection; returns how much the kernel took from each.
     """
     sizes = dict.fromkeys(peers, 0)
     going = set(peers)
@@ -216,27 +215,31 @@ def push(*peers: socket.socket, most: int = 64 * MIB, quiet: float = 0.3) -> lis
     while going and (ready := select.select([], going, [], quiet)[1]):
         for peer in ready:
             at = sizes[peer] % len(PATTERN)
-            with contextlib.suppress(BlockingIOError):
+            try:
                 sizes[peer] += peer.send(PATTERN[at : at + min(256 * KIB, most - sizes[peer])])
-            if sizes[peer] >= most:
+                if sizes[peer] >= most:
+                    going.remove(peer)
+            except BlockingIOError:
+                pass
+            except ConnectionError:
                 going.remove(peer)
     for peer in peers:
         peer.settimeout(DEADLINE)
     return list(sizes.values())
 
 
-def reset(peer: socket.socket) -> None:
+def reset(peer):
     """Close with a reset (socket(7), SO_LINGER with a linger of 0)."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
 
 
-def unacknowledged(peer: socket.socket) -> int:
+def unacknowledged(peer):
     """Bytes that are still in the peer's own kernel: tcp(7), SIOCOUTQ."""
     return int(struct.unpack("i", fcntl.ioctl(peer, termios.TIOCOUTQ, bytes(4)))[0])
 
 
-def is_served(server: Server) -> bool:
+def is_served(server):
     """Whether a new peer is echoed; False if its connection is lost."""
     with server.connect() as peer, contextlib.suppress(ConnectionError):
         peer.sendall(b"?")
@@ -244,7 +247,13 @@ def is_served(server: Server) -> bool:
     return False
 
 
-# -- Faults ---------------------------------------------------------------------------
+def failing_once(call, path):
+    """A wrapper in which the first such call fails with EAGAIN, and the file that tells of it."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed: no system call can be made to fail")
+    fault = ("-e", f"trace={call}", "-e", f"inject={call}:error=EAGAIN:when=1")
+    return ("strace", "-f", "-qq", "-o", str(path / "trace"), *fault), path / "trace"
+
 
 # Lets strace attach where only a parent may (the Yama module): prctl(2), PR_SET_PTRACER.
 TRACEABLE = """
@@ -256,7 +265,7 @@ AS_TRACEABLE = (sys.executable, "-ISc", TRACEABLE)
 
 
 @contextlib.contextmanager
-def failing(pid: int, call: str, error: str, when: str) -> Iterator[Callable[[], int]]:
+def failing(pid, call, error, when):
     """Let the kernel fail a process's calls, those that ``when`` counts from now on.
 
     Gives a function that tells how many calls were made to fail so far.
@@ -268,7 +277,6 @@ def failing(pid: int, call: str, error: str, when: str) -> Iterator[Callable[[],
         command += ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
             try:
-                assert tracer.stderr is not None
                 said = tracer.stderr.readline()
                 if "attached" not in said:
                     pytest.skip(f"strace cannot attach to another process here: {said}")
@@ -278,51 +286,37 @@ def failing(pid: int, call: str, error: str, when: str) -> Iterator[Callable[[],
                 tracer.wait()
 
 
-# -- The client's surroundings ----------------------------------------------------------
-
 UP, LEFT, CTRL_C, CTRL_D, CTRL_Z, ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1a", "\r"
-WITHOUT_READLINE = (
-    "-c",
-    "import runpy, sys; sys.modules['readline'] = None;"
-    f"runpy.run_path({str(CLIENT)!r}, run_name='__main__')",
-)
+NO_READLINE = f"""
+import runpy, sys
+sys.modules["readline"] = None
+runpy.run_path({str(CLIENT)!r}, run_name="__main__")
+"""
 
 
 class Terminal:
     """A pseudo-terminal in which the client runs, the person who sits there, and the screen."""
 
-    def __init__(
-        self,
-        port: int,
-        *arguments: str,
-        host: str = "127.0.0.1",
-        program: tuple[str, ...] = (str(CLIENT),),
-        wrapper: tuple[str, ...] = (),
-        size: tuple[int, int] = (80, 24),  # columns and lines
-        environment: dict[str, str] | None = None,
-        **options: object,
-    ) -> None:
-        self.screen = pyte.HistoryScreen(*size, history=10_000, ratio=1)
+    def __init__(self, port, *arguments, host="127.0.0.1", size=(80, 24), **options):
+        program = options.pop("program", [str(CLIENT)])
+        words = ["setsid", "--ctty", *options.pop("wrapper", ()), sys.executable, *program]
+        self.screen = pyte.HistoryScreen(*size, history=10_000, ratio=1)  # columns and lines
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.person, self.tty = pty.openpty()
         os.set_blocking(self.person, False)
         fcntl.ioctl(self.tty, termios.TIOCSWINSZ, struct.pack("HHHH", *size[::-1], 0, 0))
         self.found = termios.tcgetattr(self.tty)
-        command = ["setsid", "--ctty", *wrapper, sys.executable, *program, "--host", host]
-        streams = {"stdin": self.tty, "stdout": self.tty, "stderr": self.tty}
-        self.process = subprocess.Popen(  # type: ignore[call-overload]
-            [*command, "--port", str(port), *arguments],
-            env=os.environ
-            | {"TERM": "xterm", "LC_ALL": "C.UTF-8", "INPUTRC": os.devnull}
-            | (environment or {}),
-            **(streams | options),
-        )
+        given = {"TERM": "xterm", "LC_ALL": "C.UTF-8", "INPUTRC": os.devnull}
+        options["env"] = os.environ | given | options.get("env", {})
+        options = dict.fromkeys(STREAMS, self.tty) | options
+        words += ["--host", host, "--port", str(port), *arguments]
+        self.process = subprocess.Popen(words, **options)
 
-    def type(self, keys: str | bytes) -> None:
+    def type(self, keys):
         os.write(self.person, keys if isinstance(keys, bytes) else keys.encode())
 
-    def look(self) -> list[str]:
+    def look(self):
         """All rows that were ever on the screen, but the empty ones at its end."""
         with contextlib.suppress(BlockingIOError):
             while part := os.read(self.person, 1 << 16):
@@ -334,17 +328,17 @@ class Terminal:
         last = max([len(above) + self.screen.cursor.y, *(i for i, row in enumerate(seen) if row)])
         return seen[: last + 1]
 
-    def rows(self) -> list[str]:
+    def rows(self):
         """What is below the greeting; the prompt's last blank is not seen."""
         return self.look()[1:]
 
-    def sees(self, *rows: str) -> None:
+    def sees(self, *rows):
         """Wait until exactly these rows are below the greeting."""
         with contextlib.suppress(AssertionError):
             wait_until(lambda: self.rows() == [*rows], "the screen to look right")
         assert self.rows() == [*rows]
 
-    def ends(self, status: int) -> None:
+    def ends(self, status):
         """Wait for the end, and find the terminal as it was, at the start of a line."""
         wait_until(lambda: self.look() and self.process.poll() is not None, "the client's end")
         assert "Traceback" not in "\n".join(self.look())
@@ -352,40 +346,36 @@ class Terminal:
         assert termios.tcgetattr(self.tty) == self.found
         assert self.look() and self.screen.cursor.x == 0
 
-    def close(self) -> None:
+    def close(self):
         with self.process:
             self.process.kill()
         os.close(self.person)
         os.close(self.tty)
 
 
-class FarEnd:
+class FarEnd(contextlib.ExitStack):
     """The server's side, played by the test: it listens, and the test does the rest."""
 
-    def __init__(self, host: str = "127.0.0.1", backlog: int = 8) -> None:
-        self._closing = contextlib.ExitStack()
-        self.listener = self._closing.enter_context(
-            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        )
+    def __init__(self, host="127.0.0.1", backlog=8):
+        super().__init__()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = self.enter_context(socket.socket(family))
         self.listener.bind((host, 0))
         self.listener.listen(backlog)
         self.listener.settimeout(DEADLINE)
-        self.port: int = self.listener.getsockname()[1]
+        self.port = self.listener.getsockname()[1]
 
-    def accept(self) -> socket.socket:
-        peer = self._closing.enter_context(self.listener.accept()[0])
+    def accept(self):
+        peer = self.enter_context(self.listener.accept()[0])
         peer.settimeout(DEADLINE)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return peer
 
-    def refuse_silently(self) -> None:
+    def refuse_silently(self):
         """Fill the backlog, so that whoever connects next gets no answer."""
         answered = True
         while answered:
-            peer = self._closing.enter_context(socket.socket())
+            peer = self.enter_context(socket.socket())
             peer.setblocking(False)
             peer.connect_ex(self.listener.getsockname())
             answered = bool(select.select([], [peer], [], 0.3)[1])
-
-    def close(self) -> None:
-        self._closing.close()

@@ -1,58 +1,20 @@
 """The client at a terminal: pseudo-terminals, a screen that obeys what a terminal obeys."""
 
-from __future__ import annotations
+from helpers import *
 
-import contextlib
-import os
-import re
-import select
-import signal
-import socket
-import subprocess
-import termios
-import threading
-from collections.abc import Callable
-from pathlib import Path
-
-import pytest
-from helpers import (
-    CTRL_C,
-    CTRL_D,
-    CTRL_Z,
-    ENTER,
-    LEFT,
-    UP,
-    WITHOUT_READLINE,
-    FarEnd,
-    Server,
-    Terminal,
-    cpu_share,
-    read_to_end,
-    receive,
-    reset,
-    state,
-    wait_until,
-)
-
-Start = Callable[..., Terminal]
-DUMB = {"TERM": "dumb"}
+DUMB, LESS = {"TERM": "dumb"}, ("-c", NO_READLINE)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_the_greeting_on_standard_error_names_the_address_and_the_ways_out(
-    terminal: Start, host: str
-) -> None:
-    with contextlib.closing(FarEnd(host)) as end:
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_greeting_names_the_address_and_the_ways_out(terminal, host, shown):
+    with FarEnd(host) as end:
         user = terminal(end.port, host=host, stderr=subprocess.PIPE)
-        where = f"[{host}]:{end.port}" if ":" in host else f"{host}:{end.port}"
-        greeting = f"connected to {where}; Ctrl-D ends, Ctrl-C leaves at once\n"
+        greeting = f"connected to {shown}:{end.port}; Ctrl-D ends, Ctrl-C leaves at once\n"
         assert user.process.stderr.readline().decode() == greeting
         wait_until(lambda: user.look() == ["<<<"], "a prompt, and nothing but a prompt")
 
 
-def test_each_echo_stands_under_its_line_and_the_prompt_under_the_echo(
-    terminal: Start, server: Server
-) -> None:
+def test_each_echo_stands_under_its_line_and_the_prompt_under_the_echo(terminal, server):
     user = terminal(server.port, "-v")
     user.sees("<<<")
     user.type("hello" + ENTER)
@@ -63,17 +25,12 @@ def test_each_echo_stands_under_its_line_and_the_prompt_under_the_echo(
     user.sees("<<< hello", "hello", "<<<", "", "<<< 你好, 世界", "你好, 世界", "<<<")
     user.type(CTRL_D)
     user.ends(0)
-    assert re.fullmatch(
-        r"22 bytes sent, 22 came back in \d+\.\d{3} s, 0\.0 MB/s", user.rows()[-2]
-    ), user.rows()
+    summary = r"22 bytes sent, 22 came back in \d+\.\d{3} s, 0\.0 MB/s"
+    assert re.fullmatch(summary, user.rows()[-2]), user.rows()
 
 
-def test_each_line_goes_out_with_its_newline_and_can_be_edited_and_recalled(
-    terminal: Start, far_end: FarEnd
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_each_line_goes_out_with_its_newline_and_can_be_edited_and_recalled(talk):
+    user, peer = talk()
     for keys, sent in (
         ("one", b"one\n"),
         ("", b"\n"),
@@ -85,13 +42,9 @@ def test_each_line_goes_out_with_its_newline_and_can_be_edited_and_recalled(
         assert receive(peer, len(sent)) == sent
 
 
-def test_bytes_that_are_not_utf_8_go_out_as_they_were_typed(
-    terminal: Start, far_end: FarEnd
-) -> None:
+def test_bytes_that_are_not_utf_8_go_out_as_they_were_typed(talk):
     """With readline they do not; the README says so."""
-    user = terminal(far_end.port, program=WITHOUT_READLINE)
-    peer = far_end.accept()
-    user.sees("<<<")
+    user, peer = talk(program=LESS)
     attributes = termios.tcgetattr(user.tty)
     attributes[3] &= ~termios.ECHO
     termios.tcsetattr(user.tty, termios.TCSANOW, attributes)
@@ -99,16 +52,9 @@ def test_bytes_that_are_not_utf_8_go_out_as_they_were_typed(
     assert receive(peer, 5) == b"caf\xe9\n"
 
 
-# -- What comes, and when ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("typed", ["", "half a li"])
-def test_a_line_that_comes_in_parts_is_one_line_with_what_is_typed_below_it(
-    terminal: Start, far_end: FarEnd, typed: str
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_a_line_that_comes_in_parts_is_one_line_with_what_is_typed_below_it(talk, typed):
+    user, peer = talk()
     user.type("slow" + ENTER)
     assert receive(peer, 5) == b"slow\n"
     user.type(typed)
@@ -125,9 +71,8 @@ def test_a_line_that_comes_in_parts_is_one_line_with_what_is_typed_below_it(
     user.sees("<<< slow", line, "next", f"<<< {typed}!", "<<<")
 
 
-def test_enter_does_not_end_a_line_that_comes_in_parts(terminal: Start, far_end: FarEnd) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
+def test_enter_does_not_end_a_line_that_comes_in_parts(talk):
+    user, peer = talk()
     peer.sendall(b"hello slow wor")
     user.sees("hello slow wor", "<<<")
     user.type("typed" + ENTER)
@@ -137,12 +82,8 @@ def test_enter_does_not_end_a_line_that_comes_in_parts(terminal: Start, far_end:
 
 
 @pytest.mark.parametrize("columns", [20, 21])
-def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(
-    terminal: Start, far_end: FarEnd, columns: int
-) -> None:
-    user = terminal(far_end.port, size=(columns, 24))
-    peer = far_end.accept()
-    wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
+def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(talk, columns):
+    user, peer = talk(size=(columns, 24))
     greeting = user.look()[:-1]
     text = ""
     for part in ("你好世界" * 4, "xy", "z" * 40, "你" * 3, "\n"):
@@ -153,12 +94,8 @@ def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(
     assert user.look()[: len(greeting)] == greeting
 
 
-def test_a_line_that_is_taller_than_the_screen_leaves_no_copies(
-    terminal: Start, far_end: FarEnd
-) -> None:
-    user = terminal(far_end.port, size=(40, 8))
-    peer = far_end.accept()
-    wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
+def test_a_line_that_is_taller_than_the_screen_leaves_no_copies(talk):
+    user, peer = talk(size=(40, 8))
     for word in ("first", "second", "third"):
         peer.sendall(word.encode() + b"." * 400)
         wait_until(lambda: word in "".join(user.look()), word)  # noqa: B023
@@ -175,27 +112,8 @@ def test_a_line_that_is_taller_than_the_screen_leaves_no_copies(
     wait_until(lambda: user.look()[-2:] == ["fourth", "<<<"], "what came")
 
 
-def test_utf_8_that_arrives_split_at_any_byte_is_shown_right(
-    terminal: Start, far_end: FarEnd
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
-    seen: list[str] = []
-    for character in "é你🙂":
-        code = character.encode()
-        for cut in range(1, len(code)):
-            mark = f"{character} cut at {cut}:"
-            peer.sendall(mark.encode() + b"\n" + code[:cut])
-            user.sees(*seen, mark, "<<<")
-            peer.sendall(code[cut:] + b"\n")
-            seen += [mark, character]
-            user.sees(*seen, "<<<")
-
-
-def test_nothing_that_a_terminal_obeys_gets_to_it(terminal: Start, far_end: FarEnd) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
+def test_nothing_that_a_terminal_obeys_gets_to_it(talk):
+    user, peer = talk()
     hostile = b"\x1b[2J\x1b]0;title\x07 \xff\xc3\x28 \xc2\x9b1m \x00\x7f"
     hostile += "\u202egnp.exe\u2066\u200f\ufeff".encode()
     peer.sendall(b"ta\tbs\r\nand line ends\r")
@@ -210,22 +128,18 @@ def test_nothing_that_a_terminal_obeys_gets_to_it(terminal: Start, far_end: FarE
     assert user.rows()[-2] == r"cut \xe4\xbd"
 
 
-def test_text_that_the_locale_cannot_show_is_escaped(terminal: Start, far_end: FarEnd) -> None:
+def test_text_that_the_locale_cannot_show_is_escaped(talk):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    user = terminal(far_end.port, environment=ascii_only)
-    far_end.accept().sendall("你\n".encode())
+    user, peer = talk(env=ascii_only)
+    peer.sendall("你\n".encode())
     user.sees(r"\u4f60", "<<<")
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80])
-def test_text_that_arrives_while_typing_leaves_the_line_and_the_cursor_as_they_were(
-    terminal: Start, far_end: FarEnd, columns: int
-) -> None:
-    user = terminal(far_end.port, size=(columns, 24), stderr=subprocess.DEVNULL)
-    peer = far_end.accept()
+def test_text_that_arrives_while_typing_leaves_the_line_and_the_cursor_as_they_were(talk, columns):
+    user, peer = talk(size=(columns, 24), stderr=subprocess.DEVNULL)
     typed = "a" * (columns - 4) + "b" * 8
     rows = ["<<< " + typed[: columns - 4], typed[columns - 4 :]]
-    wait_until(lambda: user.look() == ["<<<"], "the prompt")
     user.type(typed)
     wait_until(lambda: user.look() == rows, "the keys")
     peer.sendall(b"news\n")
@@ -239,11 +153,8 @@ def test_text_that_arrives_while_typing_leaves_the_line_and_the_cursor_as_they_w
     assert receive(peer, len(typed) + 2).decode() == f"{typed[:-14]}X{typed[-14:]}\n"
 
 
-def test_lines_typed_ahead_of_a_server_that_never_answers_go_out_at_once(
-    terminal: Start, far_end: FarEnd
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
+def test_lines_typed_ahead_of_a_server_that_never_answers_go_out_at_once(talk):
+    user, peer = talk()
     lines = [f"line {number}" for number in range(50)]
     user.sees("<<<")
     user.type("".join(line + ENTER for line in lines))
@@ -251,7 +162,7 @@ def test_lines_typed_ahead_of_a_server_that_never_answers_go_out_at_once(
     user.sees(*(f"<<< {line}" for line in lines), "<<<")
 
 
-def test_a_paste_leaves_no_stray_characters(terminal: Start, server: Server) -> None:
+def test_a_paste_leaves_no_stray_characters(terminal, server):
     user = terminal(server.port)
     lines = [f"line {number} of what is pasted" for number in range(60)]
     user.sees("<<<")
@@ -262,10 +173,8 @@ def test_a_paste_leaves_no_stray_characters(terminal: Start, server: Server) -> 
     assert [row[4:] for row in user.rows() if row.startswith("<<< ")] == lines
 
 
-def test_no_text_is_lost_on_a_terminal_that_is_slow(terminal: Start, far_end: FarEnd) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_no_text_is_lost_on_a_terminal_that_is_slow(talk):
+    user, peer = talk()
     numbers = "".join(f"{number:07d}\n" for number in range(20_000))
     sender = threading.Thread(target=peer.sendall, args=(numbers.encode(),))
     sender.start()
@@ -282,26 +191,22 @@ def test_no_text_is_lost_on_a_terminal_that_is_slow(terminal: Start, far_end: Fa
 
 @pytest.mark.parametrize("call", ["sendto", "recvfrom"])
 def test_a_socket_that_turns_out_not_to_be_ready_does_not_end_the_talk(
-    terminal: Start, server: Server, tmp_path: Path, call: str
-) -> None:
-    trace = tmp_path / "trace"
-    fault = ("-e", f"trace={call}", "-e", f"inject={call}:error=EAGAIN:when=1")
-    user = terminal(server.port, wrapper=("strace", "-f", "-qq", "-o", str(trace), *fault))
+    terminal, server, tmp_path, call
+):
+    wrapper, trace = failing_once(call, tmp_path)
+    user = terminal(server.port, wrapper=wrapper)
     user.sees("<<<")
     user.type("hello" + ENTER)
     user.sees("<<< hello", "hello", "<<<")
     assert "(INJECTED)" in trace.read_text()
 
 
-def test_idle_at_the_prompt_it_costs_no_processor_time(terminal: Start, server: Server) -> None:
+def test_idle_at_the_prompt_it_costs_no_processor_time(terminal, server):
     user = terminal(server.port)
     user.sees("<<<")
     user.type("hello" + ENTER)
     user.sees("<<< hello", "hello", "<<<")
     assert cpu_share(user.process.pid, 1) < 0.005
-
-
-# -- Ways to end --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("typed", ["", "half a li"])
@@ -312,16 +217,8 @@ def test_idle_at_the_prompt_it_costs_no_processor_time(terminal: Start, server: 
         (reset, "poll_client: connection lost: Connection reset by peer"),
     ],
 )
-def test_hanging_up_at_the_prompt_is_noticed_at_once(
-    terminal: Start,
-    far_end: FarEnd,
-    leave: Callable[[socket.socket], None],
-    message: str,
-    typed: str,
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_hanging_up_at_the_prompt_is_noticed_at_once(talk, leave, message, typed):
+    user, peer = talk()
     user.type(typed)
     user.sees(f"<<< {typed}".rstrip())
     leave(peer)
@@ -330,15 +227,9 @@ def test_hanging_up_at_the_prompt_is_noticed_at_once(
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
-def test_the_last_words_of_a_server_that_hangs_up_are_shown_whole(
-    terminal: Start, far_end: FarEnd, leave: Callable[[socket.socket], None]
-) -> None:
-    user = terminal(far_end.port, "-v")
-    peer = far_end.accept()
-    user.sees("<<<")
-    with contextlib.ExitStack() as stack:
-        os.kill(user.process.pid, signal.SIGSTOP)
-        stack.callback(os.kill, user.process.pid, signal.SIGCONT)
+def test_the_last_words_of_a_server_that_hangs_up_are_shown_whole(talk, leave):
+    user, peer = talk("-v")
+    with frozen(user.process.pid):
         peer.sendall(b"going down\nno newline, and \xe4\xbd")
         leave(peer)
     user.ends(1)
@@ -347,28 +238,19 @@ def test_the_last_words_of_a_server_that_hangs_up_are_shown_whole(
     assert user.rows()[4].startswith("poll_client: connection ")
 
 
-def test_a_reset_while_it_sends_loses_none_of_the_servers_last_words(
-    terminal: Start, far_end: FarEnd
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
-    os.kill(user.process.pid, signal.SIGSTOP)
-    peer.sendall(b"last words\n")
-    reset(peer)
-    user.type("x" + ENTER)
-    os.kill(user.process.pid, signal.SIGCONT)
+def test_a_reset_while_it_sends_loses_none_of_the_servers_last_words(talk):
+    user, peer = talk()
+    with frozen(user.process.pid):
+        peer.sendall(b"last words\n")
+        reset(peer)
+        user.type("x" + ENTER)
     user.ends(1)
     assert "last words" in user.rows()
 
 
 @pytest.mark.parametrize("late", ["two\nlate\nlines\n", "and no newline"])
-def test_ctrl_d_says_that_it_waits_and_prints_what_still_comes(
-    terminal: Start, far_end: FarEnd, late: str
-) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_ctrl_d_says_that_it_waits_and_prints_what_still_comes(talk, late):
+    user, peer = talk()
     user.type("unanswered" + ENTER + CTRL_D)
     assert read_to_end(peer) == b"unanswered\n"
     waiting = "waiting for the server to close; Ctrl-C leaves"
@@ -384,14 +266,10 @@ def test_ctrl_d_says_that_it_waits_and_prints_what_still_comes(
     assert [row for row in user.rows() if row in late.split("\n") and row] == late.splitlines()
 
 
-def test_lines_that_the_server_takes_late_are_not_lost_at_ctrl_d(
-    terminal: Start, far_end: FarEnd
-) -> None:
+def test_lines_that_the_server_takes_late_are_not_lost_at_ctrl_d(talk, far_end):
     far_end.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
     far_end.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+    user, peer = talk()
     keys = memoryview((("x" * 72 + ENTER) * 1500 + CTRL_D).encode())
     while select.select([], [user.person], [], 0.5)[1]:  # until the client waits for the server
         keys = keys[os.write(user.person, keys[:1000]) :]
@@ -410,11 +288,8 @@ def test_lines_that_the_server_takes_late_are_not_lost_at_ctrl_d(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 )
-def test_a_signal_ends_it_and_the_terminal_is_as_it_was(
-    terminal: Start, far_end: FarEnd, number: signal.Signals, typed: str
-) -> None:
-    user = terminal(far_end.port)
-    user.sees("<<<")
+def test_a_signal_ends_it_and_the_terminal_is_as_it_was(talk, number, typed):
+    user, _ = talk()
     assert not termios.tcgetattr(user.tty)[3] & termios.ICANON
     user.type(typed)
     user.sees(f"<<< {typed}".rstrip())
@@ -426,19 +301,15 @@ def test_a_signal_ends_it_and_the_terminal_is_as_it_was(
     user.sees(f"<<< {typed}".rstrip(), "")
 
 
-def test_ctrl_c_leaves_while_the_end_does_not_come(terminal: Start, far_end: FarEnd) -> None:
-    user = terminal(far_end.port)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_ctrl_c_leaves_while_the_end_does_not_come(talk):
+    user, peer = talk()
     user.type(CTRL_D)
     assert read_to_end(peer) == b""
     user.type(CTRL_C)
     user.ends(-signal.SIGINT)
 
 
-def test_ctrl_z_at_the_prompt_stops_it_and_what_was_typed_survives(
-    terminal: Start, server: Server
-) -> None:
+def test_ctrl_z_at_the_prompt_stops_it_and_what_was_typed_survives(terminal, server):
     user = terminal(server.port)
     user.sees("<<<")
     user.type("hel")
@@ -455,13 +326,8 @@ def test_ctrl_z_at_the_prompt_stops_it_and_what_was_typed_survives(
     user.ends(0)
 
 
-# -- Terminals that can do less -------------------------------------------------------------
-
-
-def test_a_dumb_terminal_gets_no_escape_sequences(terminal: Start, far_end: FarEnd) -> None:
-    user = terminal(far_end.port, environment=DUMB)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_a_dumb_terminal_gets_no_escape_sequences(talk):
+    user, peer = talk(env=DUMB)
     user.type("typed")
     user.sees("<<< typed")
     peer.sendall(b"ne")
@@ -473,10 +339,8 @@ def test_a_dumb_terminal_gets_no_escape_sequences(terminal: Start, far_end: FarE
     assert b"\x1b" not in user.raw
 
 
-@pytest.mark.parametrize("less", [{"program": WITHOUT_READLINE}, {"environment": DUMB}])
-def test_lines_still_go_out_and_come_back(
-    terminal: Start, server: Server, less: dict[str, object]
-) -> None:
+@pytest.mark.parametrize("less", [{"program": LESS}, {"env": DUMB}])
+def test_lines_still_go_out_and_come_back(terminal, server, less):
     user = terminal(server.port, **less)
     user.sees("<<<")
     user.type("hello" + ENTER)
@@ -485,12 +349,8 @@ def test_lines_still_go_out_and_come_back(
     user.ends(0)
 
 
-def test_without_readline_text_that_arrives_while_typing_leaves_the_line_whole(
-    terminal: Start, far_end: FarEnd
-) -> None:
-    user = terminal(far_end.port, program=WITHOUT_READLINE)
-    peer = far_end.accept()
-    user.sees("<<<")
+def test_without_readline_text_that_arrives_while_typing_leaves_the_line_whole(talk):
+    user, peer = talk(program=LESS)
     user.type("hel")
     user.sees("<<< hel")
     peer.sendall(b"news\n")

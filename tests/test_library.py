@@ -1,356 +1,317 @@
-"""PollServer as a library: socketserver's vocabulary, threads, fixtures."""
-
-from __future__ import annotations
+"""PollServer as a library: socketserver's vocabulary, threads, forks, exceptions."""
 
 import errno
-import itertools
-import os
-import select
-import signal
-import socket
-import threading
-import time
-from collections.abc import Iterator
+import gc
+import inspect
+import logging
 
-import pytest
-from helpers import (
-    DEADLINE,
-    dial,
-    exchange,
-    read_to_end,
-    read_until_gone,
-    send_until_stuck,
-    wait_until,
-)
+from helpers import *
 
 import poll_server
 from poll_server import PollServer
 
+HERE = ("127.0.0.1", 0)
+
 
 @pytest.fixture
-def echo_address() -> Iterator[tuple[str, int]]:
-    with PollServer(("localhost", 0)) as server:
-        threading.Thread(target=server.serve_forever).start()
-        yield server.server_address
+def started():
+    """Serve in a thread, which must have ended when the test ends."""
+    threads = []
+
+    def start(server):
+        threads.append(threading.Thread(target=server.serve_forever, daemon=True))
+        threads[-1].start()
+        return server
+
+    yield start
+    join(*threads)
 
 
-def start(server: PollServer) -> threading.Thread:
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    return thread
+@pytest.fixture
+def server(started):
+    """One that serves, with a peer that has been echoed."""
+    with started(PollServer(HERE)) as server, dial(server.server_address) as server.peer:
+        assert exchange(server.peer, b"hello") == b"hello"
+        yield server
 
 
-def join(thread: threading.Thread) -> None:
-    thread.join(DEADLINE)
-    assert not thread.is_alive()
+def join(*threads):
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
 
 
-def test_fixture_of_five_lines_gives_a_server(echo_address: tuple[str, int]) -> None:
-    with socket.create_connection(echo_address, DEADLINE) as peer:
-        assert exchange(peer, b"hello") == b"hello"
+def descriptors():
+    """This process's sockets, without those that wait for the collector."""
+    gc.collect()
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    targets = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return {target for target in targets if target.startswith("socket:")}
 
 
-def test_server_address_has_the_real_host_and_port() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        host, port = server.server_address
-        assert host == "127.0.0.1"
-        assert port > 0
-    with PollServer(("::1", 0)) as server:
-        assert server.server_address[0] == "::1"
+def test_the_module_shows_a_user_what_a_user_needs():
+    assert poll_server.__all__ == ["PollServer"]
+    names = {name for name, _ in inspect.getmembers(PollServer) if not name.startswith("_")}
+    assert names == {"grace", "serve_forever", "server_close", "shutdown"}
 
 
-def test_taken_address_raises_oserror_with_the_kernels_errno() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        with pytest.raises(OSError, match="cannot listen on 127.0.0.1:") as caught:
-            PollServer(server.server_address)
-        assert caught.value.errno == errno.EADDRINUSE
-
-
-def test_unknown_host_raises_gaierror() -> None:
-    with pytest.raises(socket.gaierror, match="cannot resolve 'no-such-host.invalid'"):
-        PollServer(("no-such-host.invalid", 0))
-
-
-def test_failed_start_leaves_no_descriptor_open() -> None:
-    before = len(list(poll_server.os.scandir("/proc/self/fd")))
-    with socket.create_server(("::", 0), family=socket.AF_INET6) as other:
-        with pytest.raises(OSError, match=r"\[::\]"):
-            PollServer(("", other.getsockname()[1]))
-    assert len(list(poll_server.os.scandir("/proc/self/fd"))) == before
-
-
-def test_shutdown_wakes_the_loop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poll_server, "TIMEOUT", 3_600_000)
-    with PollServer(("127.0.0.1", 0)) as server:
-        thread = start(server)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_server_address_is_a_host_and_the_real_port(host, started):
+    with started(PollServer((host, 0))) as server:
+        assert server.server_address[0] == host and len(server.server_address) == 2
         with socket.create_connection(server.server_address, DEADLINE) as peer:
             assert exchange(peer, b"hello") == b"hello"
-            stopper = threading.Thread(target=server.shutdown)
-            stopper.start()
-            join(stopper)
-            assert not thread.is_alive() or join(thread) is None
-            assert peer.recv(1) == b""
-        assert server.cut == 0
 
 
-def test_shutdown_before_serving_makes_serving_return_at_once() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        server.shutdown()
-        server.serve_forever()
+@pytest.mark.parametrize(
+    ("address", "options", "error"),
+    [
+        (HERE, {"max_connections": 0}, ValueError),
+        (HERE, {"max_connections": 1.5}, ValueError),
+        (HERE, {"max_connections": float("nan")}, ValueError),
+        (HERE, {"idle_timeout": 0}, ValueError),
+        (HERE, {"idle_timeout": -1}, ValueError),
+        (HERE, {"idle_timeout": float("nan")}, ValueError),
+        (("127.0.0.1\0", 0), {}, ValueError),
+        (("127.0.0.1", 70_000), {}, OverflowError),
+        (("127.0.0.1", -1), {}, OverflowError),
+        (("no-such-host.invalid", 0), {}, socket.gaierror),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_leaves_nothing_open(address, options, error):
+    before = descriptors()
+    with pytest.raises(error):
+        PollServer(address, **options)
+    assert descriptors() == before
 
 
-def test_shutdown_and_close_may_be_called_again() -> None:
-    server = PollServer(("127.0.0.1", 0))
-    thread = start(server)
-    for _ in range(2):
-        server.shutdown()
-    join(thread)
-    for _ in range(2):
-        server.server_close()
+def test_a_taken_address_raises_oserror_with_the_kernels_errno():
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as other:
+        before = descriptors()
+        with pytest.raises(OSError, match=r"cannot listen on \[::\]:\d+: Address") as caught:
+            PollServer(("", other.getsockname()[1]))
+        assert caught.value.errno == errno.EADDRINUSE
+        assert descriptors() == before
+
+
+def test_a_free_port_is_free_on_all_addresses(monkeypatch):
+    """And one that never is (one address includes the other) is an error."""
+    taken = []
+
+    def create_server(*arguments, **options):
+        listener = original(*arguments, **options)
+        if not taken:  # somebody is faster on the second address
+            port = listener.getsockname()[1]
+            taken.append(original(("::", port), family=socket.AF_INET6))
+        return listener
+
+    original = socket.create_server
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "create_server", create_server)
+        with PollServer(("", 0)) as server:
+            ports = {sock.getsockname()[1] for sock in server.listeners.values()}
+    assert len(ports) == 1
+    assert ports != {taken[0].getsockname()[1]}
+    taken[0].close()
+    both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("0.0.0.0", HERE[0])]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:"):
+        PollServer(("both", 0))
+
+
+def test_shutdown_wakes_the_loop_at_once_and_returns_when_it_has_ended(monkeypatch, server):
+    monkeypatch.setattr(poll_server, "TIMEOUT", 3_600_000)
+    exchange(server.peer, b"the next poll may sleep for an hour")
     server.shutdown()
+    assert not server.fd_to_socket and not server.listeners
+    assert server.peer.recv(1) == b""
+    assert server.cut == 0
+    server.shutdown()  # again
+
+
+def test_a_second_shutdown_cuts_a_drain_short(server):
+    server.grace = 3600
+    (size,) = push(server.peer)
+    first = threading.Thread(target=server.shutdown)
+    first.start()
+    wait_until(lambda: not server.listeners, "the drain to begin")
+    assert first.is_alive()
+    server.shutdown()
+    join(first)
+    assert server.cut == 1
+    assert len(read_to_end(server.peer, reset_is_end=True)) < size
+
+
+@pytest.mark.parametrize("close", [PollServer.shutdown, PollServer.server_close])
+def test_serving_after_the_stop_returns_at_once(close):
+    server = PollServer(HERE)
+    for _ in range(2):
+        close(server)
     server.serve_forever()
-
-
-def test_close_without_serving_frees_the_port() -> None:
-    server = PollServer(("127.0.0.1", 0))
     server.server_close()
-    PollServer(server.server_address).server_close()
+    PollServer(server.server_address).server_close()  # the port is free
 
 
-def test_leaving_the_with_block_stops_a_serving_thread() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        thread = start(server)
-        peer = dial(*server.server_address)
-        assert exchange(peer, b"hello") == b"hello"
-    join(thread)
-    with peer:
-        assert peer.recv(1) == b""
-    assert not (server.fd_to_socket or server.queues or server.listeners)
+def test_leaving_the_with_block_closes_all_that_is_open(started):
+    before = descriptors()
+    with (
+        started(PollServer(HERE)) as one,
+        started(PollServer(HERE)) as two,
+        PollServer(HERE) as idle,
+    ):
+        peers = [dial(server.server_address, 4096) for server in (one, two, idle)]
+        push(*peers)
+        while not idle.fd_to_socket:  # as an exception out of serve_forever() leaves it
+            idle._turn(10)
+        one.grace = two.grace = 0.01
+    assert not any(server.fd_to_socket or server.listeners for server in (one, two, idle))
+    for peer in peers:
+        read_to_end(peer, reset_is_end=True)
+        peer.close()
+    assert descriptors() == before
 
 
-def test_shutdown_from_a_signal_handler_in_the_serving_thread() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
+def test_shutdown_from_a_signal_handler_in_the_loops_own_thread():
+    with PollServer(HERE) as server:
         old = signal.signal(signal.SIGUSR1, lambda *_: server.shutdown())
         try:
             main = threading.main_thread().ident
-            assert main is not None
             threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1)).start()
             server.serve_forever()
         finally:
             signal.signal(signal.SIGUSR1, old)
 
 
-def test_second_shutdown_cuts_a_drain_short() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        server.grace = 3600
-        thread = start(server)
-        with dial(*server.server_address, receive_buffer=4096) as stuck:
-            size = send_until_stuck(stuck, b"never read ")
-            first = threading.Thread(target=server.shutdown)
-            first.start()
-            wait_until(lambda: not server.listeners, "the drain to begin")
-            assert thread.is_alive()
-            server.shutdown()
-            join(first)
-            join(thread)
-            assert server.cut == 1
-            assert len(read_until_gone(stuck)) < size
+@pytest.mark.parametrize("word", ["opened", "closed", "received"])
+def test_server_close_from_a_log_handler_in_the_loops_own_thread(word, started):
+    class Closer(logging.Handler):
+        def emit(self, record):
+            if f" {word}" in record.getMessage():
+                server.server_close()
 
-
-def test_two_servers_live_in_one_process() -> None:
-    with PollServer(("127.0.0.1", 0)) as one, PollServer(("127.0.0.1", 0)) as two:
-        for server in (one, two):
-            start(server)
-        with dial(*one.server_address) as first, dial(*two.server_address) as second:
-            assert exchange(first, b"one") == b"one"
-            assert exchange(second, b"two") == b"two"
-
-
-def test_queue_is_made_when_bytes_wait_and_gone_when_they_are_sent() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        start(server)
-        with dial(*server.server_address, receive_buffer=4096) as peer:
-            assert exchange(peer, b"hello") == b"hello"
-            assert not server.queues
-            size = send_until_stuck(peer, b"waits ")
-            (waiting,) = server.queues.values()
-            assert waiting.full()
+    handler, level = Closer(), poll_server.log.level
+    poll_server.log.addHandler(handler)
+    poll_server.log.setLevel(logging.DEBUG)
+    try:
+        server = PollServer(HERE)
+        with dial(server.server_address) as peer, dial(server.server_address) as other:
+            peer.sendall(b"hello")
             peer.shutdown(socket.SHUT_WR)
-            assert len(read_to_end(peer)) == size
-        wait_until(lambda: not server.fd_to_socket, "the connection to be closed")
-        assert not server.queues
+            started(server)
+            for each in (peer, other):
+                read_to_end(each, reset_is_end=True)
+    finally:
+        poll_server.log.removeHandler(handler)
+        poll_server.log.setLevel(level)
+    assert not (server.fd_to_socket or server.listeners)
 
 
-class Counting:
-    """The poll object of the server, noting how much was served before each poll."""
-
-    def __init__(self, server: PollServer) -> None:
-        self.server, self.poller, self.echoed = server, server.poller, [0]
-
-    def poll(self, timeout: int) -> list[tuple[int, int]]:
-        total = sum(known.received for known in list(self.server.fd_to_socket.values()))
-        self.echoed.append(total // 4)
-        return self.poller.poll(timeout)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.poller, name)
+def test_after_a_fork_the_child_may_close_and_the_parent_serves_on(server):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(DEADLINE))
+        server.server_close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert exchange(server.peer, b"still there?") == b"still there?"
+    with dial(server.server_address) as other:
+        assert exchange(other, b"and you?") == b"and you?"
 
 
-def test_silent_peer_that_speaks_waits_for_a_bounded_share_of_the_others_messages(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Counted in polls of everybody and messages, whatever the machine's speed."""
-    monkeypatch.setattr(poll_server, "LULL", 20_000)  # no pause of the talkers ends a turn
-    silent, busy = 400, 4
-    stop = threading.Event()
+# Raises KeyboardInterrupt at the n-th line of the module that runs, while peers come and go.
+EVERY_LINE = """
+import gc, itertools, os, socket, sys, threading
+import poll_server
+poll_server.SETTLE, poll_server.DRAIN_TURN = 0.01, 5
 
-    def talk(talker: socket.socket) -> None:
-        while not stop.is_set():
-            assert exchange(talker, b"busy") == b"busy"
+def visit(server):
+    try:
+        for last in False, True:
+            with socket.create_connection(server.server_address, 5) as peer:
+                peer.sendall(b"hello")
+                if last:
+                    threading.Thread(target=server.shutdown, daemon=True).start()
+                peer.recv(5)
+    except OSError:
+        pass
 
-    with PollServer(("127.0.0.1", 0)) as server:
-        counting = Counting(server)
-        server.poller = counting  # type: ignore[assignment]
-        start(server)
-        quiet = [dial(*server.server_address) for _ in range(silent)]
-        wait_until(lambda: len(server.fd_to_socket) == silent, "all to be accepted")
-        talkers = [dial(*server.server_address) for _ in range(busy)]
-        chats = [threading.Thread(target=talk, args=(talker,)) for talker in talkers]
-        begin = len(counting.echoed)
-        for chat in chats:
-            chat.start()
-        wait_until(lambda: counting.echoed[-1] > 2000, "many messages")
-        stop.set()
-        for chat in chats:
-            join(chat)
-        for peer in quiet + talkers:
-            peer.close()
-    echoed = counting.echoed[begin:]
-    served = [after - before for before, after in itertools.pairwise(echoed)]
-    share = (silent + busy) // 4
-    assert max(served) <= share + busy
-    assert len([count for count in served if count]) < 2000 / busy / 4
+interrupted = True
+for number in itertools.count(1):
+    lines = itertools.count(1)
 
+    def trace(frame, event, _):
+        if frame.f_code.co_filename == poll_server.__file__:
+            if event == "line" and next(lines) == number:
+                raise KeyboardInterrupt
+            return trace
 
-def test_peers_that_come_and_go_beside_silent_ones_need_few_polls_of_everybody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(poll_server, "LULL", 20_000)  # no pause between them ends a turn
-    with PollServer(("127.0.0.1", 0)) as server:
-        counting = Counting(server)
-        server.poller = counting  # type: ignore[assignment]
-        start(server)
-        quiet = [dial(*server.server_address) for _ in range(800)]
-        wait_until(lambda: len(server.fd_to_socket) == 800, "all to be accepted")
-        before = len(counting.echoed)
-        for _ in range(200):
-            with dial(*server.server_address) as peer:
-                assert exchange(peer, b"hello") == b"hello"
-        assert len(counting.echoed) - before < 100
-        for peer in quiet:
-            peer.close()
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        with poll_server.PollServer(("127.0.0.1", 0)) as server:
+            visitor = threading.Thread(target=visit, args=(server,))
+            visitor.start()
+            sys.settrace(trace)
+            try:
+                server.serve_forever()
+                interrupted = False
+            finally:
+                sys.settrace(None)
+    except KeyboardInterrupt:
+        pass
+    visitor.join()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before, number
+    assert not server.fd_to_socket and not server.listeners, number
+    with socket.socket() as late:
+        assert late.connect_ex(server.server_address), f"line {number}: it still listens"
+    if not interrupted:
+        sys.exit(print(number - 1))
+"""
 
 
-def test_who_connected_last_and_is_silent_is_not_polled_with_the_busy_ones() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        start(server)
-        quiet = [dial(*server.server_address) for _ in range(200)]
-        with dial(*server.server_address) as peer:
-            wait_until(
-                lambda: exchange(peer, b"busy") == b"busy" and len(server._busy) <= 4,
-                "the silent ones to be left out",
-            )
-        for other in quiet:
-            other.close()
+def test_a_keyboard_interrupt_at_any_line_leaves_nothing_open():
+    command = [sys.executable, "-c", EVERY_LINE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 200
 
 
-def test_hot_connections_that_switch_masks_stay_exact_beside_silent_ones() -> None:
-    """Masks must be changed for both poll objects, or bytes wait until a full poll or for ever."""
-    data = bytes(range(256)) * 20_000
-    with PollServer(("127.0.0.1", 0)) as server:
-        start(server)
-        quiet = [dial(*server.server_address) for _ in range(500)]
-        with dial(*server.server_address, receive_buffer=8192) as peer:
-            for _ in range(3):
-                assert exchange(peer, data) == data
-        for peer in quiet:
-            peer.close()
+def test_a_descriptor_that_somebody_else_closed_is_forgotten_and_left_alone(caplog, server):
+    caplog.set_level(logging.INFO)
+    (fd,) = server.fd_to_socket
+    with dial(server.server_address) as other:
+        assert exchange(other, b"hello") == b"hello"
+        os.close(fd)
+        wait_until(lambda: fd not in server.fd_to_socket, "the connection to be forgotten")
+        assert exchange(other, b"still there?") == b"still there?"
+    assert "its descriptor was closed" in caplog.text
+    assert "close:" not in caplog.text
 
 
-def test_lull_ends_in_sleep() -> None:
-    with PollServer(("127.0.0.1", 0)) as server:
-        start(server)
-        with dial(*server.server_address) as peer:
-            assert exchange(peer, b"hello") == b"hello"
-            assert not select.select([peer], [], [], 0.2)[0]
-            before = time.process_time()
-            assert not select.select([peer], [], [], 0.5)[0]
-            assert time.process_time() - before < 0.25
-
-
-def test_port_that_is_never_free_on_all_addresses_is_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A hosts file may give one name two addresses of which one includes the other."""
-    found = [
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("0.0.0.0", "127.0.0.1")
-    ]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:") as caught:
-        PollServer(("both", 0))
-    assert caught.value.errno == errno.EADDRINUSE
-
-
-def test_fewer_than_one_connection_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_connections"):
-        PollServer(("127.0.0.1", 0), max_connections=0)
-
-
-def test_bulk_counts_as_more_than_one_message_in_the_share_of_the_busy() -> None:
-    with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address) as peer:
+@pytest.mark.parametrize("noticed", [True, False], ids=["poll tells", "accept is first"])
+def test_a_number_that_comes_again_is_the_new_peers(noticed, started):
+    with PollServer(HERE) as server, dial(server.server_address):
         while not server.fd_to_socket:
-            server._turn()
-        peer.sendall(bytes(200_000))
-        (fd, connection), server._work = next(iter(server.fd_to_socket.items())), 0
-        while connection.received < 200_000:
-            server._serve([(fd, select.POLLIN)])
-        assert server._work > 8
+            server._turn(10)
+        (number,) = server.fd_to_socket
+        with dial(server.server_address) as peer:
+            os.close(number)
+            if noticed:  # POLLNVAL, and accept() returns it, in one list of events
+                server._turn(0)
+            else:
+                server._accept(next(iter(server.listeners.values())), 1)
+            assert list(server.fd_to_socket) == [number]
+            started(server)
+            assert exchange(peer, b"hello") == b"hello"
 
 
-def test_a_default_timeout_of_the_program_stops_nobody() -> None:
+def test_a_default_timeout_of_the_program_stops_nobody(started):
     socket.setdefaulttimeout(DEADLINE * 3)
     try:
-        with PollServer(("127.0.0.1", 0)) as server:
-            start(server)
-            with dial(*server.server_address) as stuck, dial(*server.server_address) as peer:
-                send_until_stuck(stuck, b"x" * 65536)
+        with started(PollServer(HERE)) as server:
+            server.grace = 0.01
+            with dial(server.server_address) as stuck, dial(server.server_address) as peer:
+                push(stuck, most=16 * MIB)
                 assert exchange(peer, b"hello") == b"hello"
     finally:
         socket.setdefaulttimeout(None)
-
-
-def test_a_number_that_is_given_anew_gets_no_event_of_its_last_owner() -> None:
-    with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address):
-        while not server.fd_to_socket:
-            server._turn()
-        (number,) = server.fd_to_socket
-        with dial(*server.server_address) as peer:
-            os.close(number)  # POLLNVAL, and accept() returns it, in one list of events
-            server._turn()
-            assert list(server.fd_to_socket) == [number]
-            start(server)
-            assert exchange(peer, b"hello") == b"hello"
-
-
-def test_a_number_that_comes_again_before_poll_could_tell_is_the_new_peers() -> None:
-    with PollServer(("127.0.0.1", 0)) as server, dial(*server.server_address):
-        while not server.fd_to_socket:
-            server._turn()
-        (number,) = server.fd_to_socket
-        (listener,) = server.listeners.values()
-        with dial(*server.server_address) as peer:
-            os.close(number)
-            server._accept(listener, 1)
-            assert list(server.fd_to_socket) == [number]
-            start(server)
-            assert exchange(peer, b"hello") == b"hello"

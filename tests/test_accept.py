@@ -1,0 +1,263 @@
+"""Listening, accepting, and what runs out: places, descriptors, patience."""
+
+import resource
+
+from helpers import *
+
+
+@pytest.fixture
+def many_descriptors():
+    """Meanwhile this process may have 20,000 descriptors, or as many as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 20_000 if hard == resource.RLIM_INFINITY else min(hard, 20_000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    yield most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def limited(count):
+    """A wrapper in which a process has so many descriptors at most."""
+    return ("sh", "-c", f'ulimit -n {count}; exec "$@"', "sh")
+
+
+def test_it_listens_on_every_address_with_the_same_port(serve):
+    server = serve("--host", "")
+    server.wait_for_log(rf"^listening on 0\.0\.0\.0:{server.port}$")
+    server.wait_for_log(rf"^listening on \[::\]:{server.port}$")
+    for host, name in (("127.0.0.1", r"127\.0\.0\.1"), ("::1", r"\[::1\]")):
+        with server.connect(host) as peer:
+            assert exchange(peer, b"hello") == b"hello"
+        server.wait_for_log(rf"^{name}:\d+ opened$")
+
+
+@pytest.mark.parametrize("taken", ["0.0.0.0", "::"])
+def test_a_host_with_one_of_its_addresses_taken_is_not_served_by_half(serve, taken):
+    family = socket.AF_INET6 if ":" in taken else socket.AF_INET
+    with socket.create_server((taken, 0), family=family) as other:
+        port = other.getsockname()[1]
+        server = serve("--host", "", "--port", str(port), ready=False)
+        assert server.wait() == 1
+    where = f"[{taken}]" if ":" in taken else taken
+    reason = f"cannot listen on {where}:{port}: Address already in use"
+    assert server.log == [f"poll_server: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "left_out"),
+    [
+        (("127.0.0.1", "::1"), None),
+        (("127.0.0.1", "192.0.2.1"), "192.0.2.1"),  # an address that the machine does not have
+        (("192.0.2.1",), "192.0.2.1"),
+    ],
+)
+def test_a_name_with_several_addresses(serve, tmp_path, hosts, left_out):
+    options = {"wrapper": with_hosts(tmp_path, *hosts), "ready": len(hosts) > 1}
+    server = serve("--host", "several.test", **options)
+    reason = r"cannot listen on 192\.0\.2\.1:\d+: Cannot assign requested address"
+    if len(hosts) == 1:
+        assert server.wait() == 1
+        assert re.fullmatch(f"poll_server: {reason}", "\n".join(server.log))
+        return
+    for host in hosts:
+        if host == left_out:
+            server.wait_for_log(f"^{reason}$")
+        else:
+            with server.connect(host) as peer:
+                assert exchange(peer, b"hello") == b"hello"
+
+
+def test_several_processes_share_a_port_only_when_all_ask_for_it(serve):
+    one = serve("--reuse-port", "--host", "127.0.0.1")
+    two = serve("--reuse-port", "--host", "127.0.0.1", "--port", str(one.port))
+    peers = []
+    while not (one.matches("opened") and two.matches("opened")):
+        assert len(peers) < 1000
+        peers.append(one.connect())
+        assert exchange(peers[-1], b"hello") == b"hello"
+    three = serve("--host", "127.0.0.1", "--port", str(one.port), ready=False)
+    assert three.wait() == 1
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_a_flood_of_connects_is_taken_and_does_not_hold_up_who_is_connected(server):
+    count = min(1000, int(Path("/proc/sys/net/core/somaxconn").read_text()))
+    peer = server.connect()
+    exchange(peer, b"hello")
+    with frozen(server.pid):
+        crowd = server.crowd(count, b"hello")
+        peer.shutdown(socket.SHUT_WR)
+    assert read_to_end(peer) == b""
+    assert [receive(other, 5) for other in crowd] == [b"hello"] * count
+    done = next(number for number, line in enumerate(server.log) if " closed: " in line)
+    assert len([line for line in server.log[:done] if line.endswith("opened")]) <= count // 4
+
+
+def test_9000_connections_cost_a_kibibyte_each_and_leave_nothing(serve, many_descriptors):
+    server = serve()  # now that it may have as many: it inherits the limits
+    count = min(9000, many_descriptors - 200)
+    with server.connect() as peer:
+        exchange(peer, bytes(MIB))
+    server.wait_for_log(" closed: ")
+    descriptors, before = server.descriptors(), memory(server.pid)
+    crowd = server.crowd(count, b"hello")
+    assert [receive(peer, 5) for peer in crowd] == [b"hello"] * count
+    each = (memory(server.pid) - before) / count
+    for peer in crowd:
+        peer.close()
+    wait_until(lambda: server.descriptors() == descriptors, "the descriptors to come back")
+    print(f"\n{count} connections: {each:.0f} bytes each")
+    assert each <= KIB
+    assert is_served(server)
+
+
+def resets_in_flight(server):
+    (peer,) = server.crowd(1, bytes(32 * KIB))
+    reset(peer)
+
+
+def resets_before_accept(server):
+    with frozen(server.pid):
+        for word in (b"", b"and gone"):
+            reset(server.crowd(1, word)[0])
+
+
+def plain_ends(server):
+    assert all(is_served(server) for _ in range(20))
+
+
+@pytest.mark.parametrize("leave", [resets_in_flight, resets_before_accept, plain_ends])
+def test_hundreds_that_leave_leave_nothing_behind(server, leave):
+    bystander = server.connect()
+    exchange(bystander, bytes(MIB))
+    for count in (50, 200):
+        descriptors, before = server.descriptors(), memory(server.pid)
+        for _ in range(count):
+            leave(server)
+        wait_until(lambda: server.descriptors() == descriptors, "the last to be closed")  # noqa: B023
+    assert memory(server.pid) - before < 2 * MIB
+    assert exchange(bystander, b"hello") == b"hello"
+    assert server.stop() == 0
+
+
+def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve):
+    server = serve(wrapper=limited(64))
+    waiting, served = server.crowd(200, b"hello"), []
+
+    def admit():
+        """Move those that have their echo; returns how many were moved."""
+        come = select.select(waiting, [], [], 0.01)[0]
+        for peer in come:
+            assert peer.recv(100) == b"hello"
+            waiting.remove(peer)
+            served.append(peer)
+        return len(come)
+
+    server.wait_for_log("^not accepting: accept: Too many open files; who connects waits in the")
+    wait_until(lambda: not admit() and server.descriptors() == 64, "all places to be taken")
+    assert cpu_share(server.pid, 1.1) < NO_SPIN  # the next housekeeping is in it
+    assert exchange(served[0], b"still there?") == b"still there?"
+    # One leaves, one comes in, at once; left to housekeeping that took 15 seconds.
+    start = time.monotonic()
+    for _ in range(15):
+        served.pop(0).close()
+        wait_until(admit, "the next in the backlog to be served")
+    assert time.monotonic() - start < 7
+    while waiting:
+        for peer in served:
+            peer.close()
+        served.clear()
+        wait_until(admit, "the next in the backlog to be served")
+    assert len(server.matches("not accepting")) == 1  # one episode
+    for peer in served:
+        peer.close()
+    assert is_served(server)  # and the backlog was empty then
+    server.crowd(100)
+    server.wait_for_log("not accepting", 2)  # another
+
+
+@pytest.mark.parametrize("short_of", ["places", "descriptors"])
+def test_no_room_for_peers_on_two_listeners_at_once_loses_nobody(serve, short_of):
+    options = ["--max-connections", "10"] if short_of == "places" else []
+    server = serve("--host", "", *options, wrapper=() if options else limited(20))
+    with frozen(server.pid):
+        peers = server.crowd(30, b"hello") + [server.connect("::1") for _ in range(30)]
+        for peer in peers[30:]:
+            peer.sendall(b"hello")
+    while peers:  # those served leave, the next come in
+        served = select.select(peers, [], [], DEADLINE)[0]
+        assert served, "\n".join(server.log)
+        for peer in served:
+            assert peer.recv(100) == b"hello"
+            peers.remove(peer)
+            peer.close()
+
+
+def test_a_limit_leaves_the_rest_in_the_backlog_until_there_is_room(serve):
+    server = serve("--max-connections", "2")
+    first, second = server.connect(), server.connect()
+    assert exchange(first, b"1") == b"1"
+    assert exchange(second, b"2") == b"2"
+    third = server.connect()
+    third.sendall(b"3")
+    server.wait_for_log("^not accepting: 2 connections, the most; who connects waits in the back")
+    assert cpu_share(server.pid, 0.3) < NO_SPIN
+    assert exchange(second, b"still 2") == b"still 2"
+    assert len(server.matches("opened")) == 2
+    first.close()
+    assert third.recv(1) == b"3"
+
+
+def test_idle_peers_are_closed_and_do_not_keep_a_talking_one_out(serve):
+    server = serve("--max-connections", "20", "--idle-timeout", "1")
+    talking = server.connect()
+    start, silent = time.monotonic(), server.crowd(40, b"hello")
+    for expected in (b"hello", b""):  # the second half is served when the first has been closed
+        for peer in silent:
+            while not select.select([peer], [], [], 0.1)[0]:
+                assert exchange(talking, b"x") == b"x"
+            assert peer.recv(5) == expected
+        assert 0.9 < time.monotonic() - start < DEADLINE
+    server.wait_for_log("closed: 5 bytes in, 5 out, idle for 1 s$", 40)
+
+
+def test_the_soft_limit_of_descriptors_is_raised_if_the_system_lets(serve):
+    both = ("sh", "-c", 'ulimit -S -n 64; ulimit -H -n 256; exec "$@"', "sh")
+    server = serve(wrapper=both)
+    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (256, 256)
+    refusing = "import resource, sys, poll_server;"
+    refusing += "resource.setrlimit = lambda *_: int('refused');"
+    refusing += "sys.exit(poll_server.main())"
+    server = serve(command=(sys.executable, "-c", refusing), wrapper=both)
+    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (64, 256)
+    assert is_served(server)
+
+
+@pytest.mark.parametrize("error", ["ECONNABORTED", "EPROTO", "EMFILE"])
+def test_one_failure_of_accept_is_no_pause(serve, error):
+    server = serve(wrapper=AS_TRACEABLE)
+    assert is_served(server)
+    with failing(server.pid, "accept4", error, "1") as failed:
+        assert is_served(server)
+        assert failed() == 1
+    assert not server.matches("not accepting")
+
+
+def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
+    servers = {name: serve(wrapper=AS_TRACEABLE) for name in ("ECONNABORTED", "ENFILE", "EPERM")}
+    with contextlib.ExitStack() as stack:
+        counts, waiting = [], []
+        for name, server in servers.items():
+            served = server.connect()
+            exchange(served, b"hello")
+            counts.append(stack.enter_context(failing(server.pid, "accept4", name, "1+")))
+            waiting += server.crowd(1, b"hello")
+            server.wait_for_log("^not accepting: accept: ")
+            assert exchange(served, b"still there?") == b"still there?"
+        start, before = time.monotonic(), [count() for count in counts]
+        wait_until(lambda: counts[-1]() >= before[-1] + 4, "housekeeping to try again")
+        turns = time.monotonic() - start
+        assert max(cpu_share(server.pid, 0.2) for server in servers.values()) < NO_SPIN
+        assert max(count() - was for count, was in zip(counts, before)) <= 2 * (turns + 2)
+    for server, peer in zip(servers.values(), waiting):
+        assert receive(peer, 5) == b"hello"
+        assert len(server.matches("not accepting")) == 1

@@ -1,0 +1,348 @@
+"""The client in a pipe: every byte, little memory, and an exit status that is always true."""
+
+from helpers import *
+
+
+def finish(client, data=None):
+    """Its exit status, its output and its messages."""
+    output, messages = client.communicate(data, DEADLINE)
+    return client.returncode, output, (messages or b"").decode()
+
+
+def end_input(client, data=b""):
+    client.stdin.write(data)
+    client.stdin.close()
+    client.stdin = None
+
+
+def receive_from(client, size):
+    data = b""
+    while len(data) < size and (part := client.stdout.read(size - len(data))):
+        data += part
+    return data
+
+
+@pytest.fixture
+def begin(start, far_end):
+    """Start a client that has sent these bytes; gives it, and the server's end."""
+
+    def begin(data, *arguments, **options):
+        client, peer = start(far_end.port, *arguments, **options), far_end.accept()
+        if data:
+            client.stdin.write(data)
+        assert receive(peer, len(data)) == data
+        return client, peer
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    "data",
+    [bytes(range(256)) * 3, b"no newline at the end", b"\n", b"", "你好\n".encode()],
+)
+def test_what_goes_in_comes_out_and_nothing_else(start, server, data):
+    assert finish(start(server.port), data) == (0, data, "")
+
+
+def test_lines_go_through_as_they_come(start, server):
+    client = start(server.port)
+    for line in (b"one\n", b"two\n", b"three, unfinished"):
+        client.stdin.write(line)
+        assert receive_from(client, len(line)) == line
+    assert finish(client) == (0, b"", "")
+
+
+def test_100_megabytes_are_exact_and_memory_stays_small(start, server):
+    client, data = start(server.port), pattern(100 * MIB)
+    view = memoryview(data)
+
+    def write():
+        at = 0
+        while at < len(data):
+            at += client.stdin.write(view[at : at + MIB])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    came = 0
+    while came < len(data) and (part := client.stdout.read(MIB)):
+        assert view[came : came + len(part)] == part
+        came += len(part)
+    writer.join(DEADLINE)
+    assert memory(client.pid, peak=True) < 32 * MIB
+    assert finish(client) == (0, b"", "")
+
+
+def test_a_server_that_takes_nothing_and_then_all_before_it_answers_costs_no_memory(
+    begin, tmp_path
+):
+    source, client_side = socket.socketpair()
+    with source, client_side, (tmp_path / "copy").open("wb") as sink:
+        client, peer = begin(b"", stdin=client_side, stdout=sink)
+        size = 0
+        while size < 64 * MIB and select.select([], [source], [], 0.5)[1]:
+            size += source.send(pattern(64 * MIB)[size : size + MIB], socket.MSG_DONTWAIT)
+        assert 0 < size < 64 * MIB
+        source.shutdown(socket.SHUT_WR)
+        assert read_to_end(peer) == pattern(size)
+        assert memory(client.pid, peak=True) < 32 * MIB
+        peer.sendall(pattern(size))
+        peer.close()
+        assert finish(client) == (0, None, "")
+    assert (tmp_path / "copy").read_bytes() == pattern(size)
+
+
+@pytest.mark.parametrize("call", ["sendto", "recvfrom"])
+def test_a_socket_that_turns_out_not_to_be_ready_is_tried_again(start, server, tmp_path, call):
+    wrapper, trace = failing_once(call, tmp_path)
+    client = start(server.port, wrapper=wrapper)
+    assert finish(client, b"hello") == (0, b"hello", "")
+    assert "(INJECTED)" in trace.read_text()
+
+
+def test_a_non_blocking_output_loses_nothing(start, server):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    client, data = start(server.port, stdout=writer), pattern(2 * MIB)
+    os.close(writer)
+    sender = threading.Thread(target=end_input, args=(client, data))
+    sender.start()
+    wait_until(lambda: select.select([reader], [], [], 0)[0], "the first bytes")
+    with os.fdopen(reader, "rb") as came:
+        assert came.read() == data
+    sender.join()
+    assert client.wait(DEADLINE) == 0
+
+
+def test_urgent_bytes_are_bytes_like_any_other(begin):
+    client, peer = begin(b"hello!")
+    peer.send(b"hello!", socket.MSG_OOB)
+    assert receive_from(client, 6) == b"hello!"
+
+
+def test_a_terminal_at_one_end_only_is_no_talk(start, server):
+    person, tty = pty.openpty()
+    with os.fdopen(person, "wb", buffering=0) as keys, os.fdopen(tty) as typed:
+        client = start(server.port, stdin=typed)
+        keys.write(b"hello\n\x04")
+        assert finish(client) == (0, b"hello\n", "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (b"hello", "connection closed after 5 of 11 bytes came back"),
+        (b"", "connection closed after 0 of 11 bytes came back"),
+        (b"hello world", ""),
+        (b"hello world!!!", "14 bytes came back, but 11 were sent"),
+        (b"hello\x00world", "the 11 bytes that came back are not those that were sent"),
+        (b"world hello", "the 11 bytes that came back are not those that were sent"),
+    ],
+)
+def test_only_what_was_sent_is_a_success(begin, answer, verdict):
+    client, peer = begin(b"hello world")
+    end_input(client)
+    assert peer.recv(1) == b""
+    peer.sendall(answer)
+    peer.close()
+    messages = f"poll_client: {verdict}\n" if verdict else ""
+    assert finish(client) == (1 if verdict else 0, answer, messages)
+
+
+@pytest.mark.parametrize(("came", "ended"), [(5, True), (11, False), (0, False)])
+def test_a_reset_is_no_success_and_what_came_before_is_counted(begin, came, ended):
+    client, peer = begin(b"hello world")
+    if ended:
+        end_input(client)
+        assert peer.recv(1) == b""
+    peer.sendall(b"hello world"[:came])
+    assert receive_from(client, came) == b"hello world"[:came]
+    reset(peer)
+    verdict = f"connection closed after {came} of 11 bytes came back: Connection reset by peer"
+    assert client.wait(DEADLINE) == 1
+    assert client.stderr.read().decode() == f"poll_client: {verdict}\n"
+
+
+def test_a_reset_while_it_sends_loses_none_of_what_came_before(start, far_end):
+    with Path("/dev/zero").open("rb") as endless:
+        client, peer = start(far_end.port, stdin=endless), far_end.accept()
+        receive(peer, MIB)
+        with frozen(client.pid):
+            peer.sendall(bytes(1000))
+            reset(peer)
+        status, output, messages = finish(client)
+    assert (status, output) == (1, bytes(1000))
+    verdict = r"connection closed after 1000 of \d+ bytes came back: .*(reset by peer|Broken pipe)"
+    assert re.fullmatch(f"poll_client: {verdict}\n", messages)
+
+
+def test_a_reset_together_with_the_end_of_input_is_counted(begin):
+    client, peer = begin(b"hello")
+    with frozen(client.pid):
+        reset(peer)
+        end_input(client)
+    verdict = "connection closed after 0 of 5 bytes came back: Connection reset by peer"
+    assert finish(client) == (1, b"", f"poll_client: {verdict}\n")
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["", "nobody reads the messages"])
+def test_a_server_that_closes_before_the_end_of_the_input_is_no_success(begin, read):
+    client, peer = begin(b"hello", *([] if read else ["-v"]))
+    if not read:
+        client.stderr.close()
+    peer.sendall(b"hello")
+    peer.close()
+    assert client.wait(DEADLINE) == 1
+    assert client.stdout.read() == b"hello"
+    verdict = "the server closed the connection before the end of the input"
+    if read:
+        expected = f"poll_client: {verdict}; 5 of 5 bytes came back\n"
+        assert client.stderr.read().decode() == expected
+    client.stderr = None
+
+
+def test_verbose_ends_with_bytes_seconds_and_rate(start, far_end, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(2_000_000))
+    with (tmp_path / "file").open("rb") as source:
+        client, peer = start(far_end.port, "-v", stdin=source), far_end.accept()
+    peer.sendall(read_to_end(peer))
+    select.select([], [], [], 0.5)  # not too short to be compared
+    peer.close()
+    status, output, messages = finish(client)
+    assert (status, len(output)) == (0, 2_000_000)
+    sizes = r"2000000 bytes sent, 2000000 came back in (\d+\.\d{3}) s, (\d+\.\d) MB/s\n"
+    seconds, rate = map(float, re.fullmatch(sizes, messages).groups())
+    assert seconds >= 0.5 and abs(2 / seconds - rate) <= 0.06, messages
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_status_holds_whatever_standard_error_is(redirection, unbuffered):
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, str(CLIENT)]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    cases = ((1, ["--host", "127.0.0.1", "--port", "1"]), (2, ["--port", "http"]), (2, ["stray"]))
+    for status, arguments in cases:
+        done = subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, env=env)
+        assert done.returncode == status
+
+
+def test_it_ends_quietly_like_cat_when_nobody_reads_its_output(start, server):
+    client = start(server.port)
+    client.stdin.write(b"one\n")
+    assert receive_from(client, 4) == b"one\n"
+    client.stdout.close()
+    client.stdout = None
+    client.stdin.write(b"two\n")
+    assert client.wait(DEADLINE) == -signal.SIGPIPE
+    assert client.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("closed", "output"), [("<&-", b""), (">&-", b""), ("2>&-", b"hello\n"), ("<&- >&- 2>&-", b"")]
+)
+def test_a_standard_descriptor_that_is_closed_at_the_start_is_like_the_null_device(
+    start, server, closed, output
+):
+    client = start(server.port, wrapper=("sh", "-c", f'exec "$@" {closed}', "sh"))
+    assert finish(client, b"hello\n") == (0, output, "")
+
+
+def test_an_input_that_cannot_be_read_and_an_output_that_cannot_be_written_are_one_line(
+    start, server, tmp_path
+):
+    with (tmp_path / "file").open("wb") as write_only:
+        result = finish(start(server.port, stdin=write_only))
+    assert result == (1, b"", "poll_client: Bad file descriptor\n")
+    with Path("/dev/full").open("wb") as full:
+        result = finish(start(server.port, stdout=full), b"hello")
+    assert result == (1, None, "poll_client: No space left on device\n")
+
+
+def test_ctrl_c_ends_it_by_the_signal_and_so_a_loop_of_the_shell(begin):
+    client, _ = begin(b"hello")
+    client.send_signal(signal.SIGINT)
+    assert finish(client) == (-signal.SIGINT, b"", "")
+    shell = ("bash", "-c", 'for i in 1 2 3; do "$@"; echo round $i; done', "bash")
+    loop, _ = begin(b"hello", wrapper=shell, start_new_session=True)
+    os.killpg(loop.pid, signal.SIGINT)
+    assert finish(loop) == (-signal.SIGINT, b"", "")
+
+
+def test_a_sigint_that_was_ignored_at_the_start_stays_ignored(begin):
+    client, peer = begin(b"hello", wrapper=("sh", "-c", "trap '' INT; exec \"$@\"", "sh"))
+    client.send_signal(signal.SIGINT)
+    peer.sendall(b"hello")
+    assert receive_from(client, 5) == b"hello"
+
+
+@pytest.mark.parametrize("module", ["argparse", "zlib"])
+def test_ctrl_c_while_it_starts_leaves_no_traceback(module):
+    code = f"""
+import runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+for name in list(sys.modules):
+    if name.startswith({module!r}):
+        del sys.modules[name]
+sys.meta_path.insert(0, Finder())
+runpy.run_path({str(CLIENT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_ctrl_c_leaves_while_it_connects(start):
+    with FarEnd(backlog=0) as end:
+        end.refuse_silently()
+        client = start(end.port)
+        table = Path(f"/proc/{client.pid}/net/tcp")
+        waiting = f":{end.port:04X} 02 "  # SYN_SENT
+        wait_until(lambda: table.read_text().count(waiting) > 1, "the client to connect")
+        client.send_signal(signal.SIGINT)
+        assert finish(client) == (-signal.SIGINT, b"", "")
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1:1: Connection refused"),
+        ("::1", r"\[::1\]:1: .+"),
+        ("no-such-host.invalid", "no-such-host.invalid:1: .+"),
+        ("a" * 70 + ".invalid", "a{70}.invalid:1: not a host name"),
+        ("no-such\nhost.invalid", r"no-such\\nhost.invalid:1: .+"),
+        ("\x1b[2J.invalid", r"\\x1b\[2J.invalid:1: .+"),
+        ("bücher.invalid", r"b\\xfccher.invalid:1: .+"),
+    ],
+)
+def test_a_connection_that_cannot_be_made_is_one_line_that_names_the_address(start, host, shown):
+    status, output, messages = finish(start(1, "--host", host), b"hello")
+    assert (status, output) == (1, b"")
+    assert re.fullmatch(f"poll_client: cannot connect to {shown}\n", messages), messages
+
+
+def test_a_server_that_does_not_accept_in_time_is_one_line_that_names_the_address(start):
+    with FarEnd(backlog=0) as end:
+        end.refuse_silently()
+        message = f"poll_client: cannot connect to 127.0.0.1:{end.port}: timed out\n"
+        assert finish(start(end.port, "--timeout", "0.5"), b"hello") == (1, b"", message)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_every_address_of_a_name_is_tried(start, serve, tmp_path, address):
+    wrapper = with_hosts(tmp_path, "127.0.0.1", "127.0.0.2")
+    port = serve("--host", address).port
+    client = start(port, "--host", "several.test", wrapper=wrapper)
+    assert finish(client, b"hello") == (0, b"hello", "")
+
+
+def test_a_bad_argument_is_a_usage_error_that_says_what_is_right(start):
+    bad = [("--port", port) for port in ("0", "65536", "-1", "http", "")]
+    bad += [("--timeout", seconds) for seconds in ("0", "-1", "nan", "inf", "soon", "1e300")]
+    right = {"--port": "port, a number from 1 to 65535", "--timeout": "number of seconds, at most"}
+    for arguments, client in [(pair, start(8800, *pair)) for pair in bad]:
+        status, output, messages = finish(client)
+        assert (arguments, status, output) == (arguments, 2, b"")
+        assert messages.startswith("usage: poll_client ")
+        assert f"argument {arguments[0]}: {arguments[1]!r} is not a " in messages
+        assert right[arguments[0]] in messages

@@ -1,0 +1,205 @@
+"""Every byte comes back, in order, once; and nobody waits for what another peer does."""
+
+from helpers import *
+
+
+@pytest.mark.parametrize("size", [1, 2, 1023, 65_536, 229_376, 229_377, 64 * MIB])
+def test_every_byte_comes_back_in_order(server, size):
+    with server.connect() as peer:
+        assert exchange(peer, pattern(size)) == pattern(size)
+
+
+def test_any_chunking_and_every_byte_value_come_back(server):
+    chunks, at = random.Random(2), 0
+    with server.connect() as peer:
+        for value in range(256):
+            assert exchange(peer, bytes([value])) == bytes([value])
+        while at < 300_000:
+            size = chunks.choice([1, 2, 3, 100, 1448, 40_000])
+            peer.sendall(PATTERN[at : at + size])
+            at += size
+        peer.shutdown(socket.SHUT_WR)
+        assert read_to_end(peer) == PATTERN[:at]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000, 64 * MIB], ids=["none", "one", "some", "stuck"])
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+def test_a_half_close_before_reading_loses_nothing(server, size, far):
+    with server.connect(receive_buffer=4096, far=far) as peer:
+        (taken,) = push(peer, most=size)
+        peer.shutdown(socket.SHUT_WR)
+        if size > 1:  # its end of file is read while bytes wait, or stays unread: no spin
+            assert cpu_share(server.pid, 0.2) < NO_SPIN
+        assert read_to_end(peer) == pattern(taken)
+    server.wait_for_log(f" closed: {taken} bytes in, {taken} out, end of file")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [("!",), ("!", "after"), ("before", "!"), ("before", "!", "after"), ("!", "!", "x", "!", "!")],
+    ids=" ".join,
+)
+def test_urgent_bytes_are_echoed_at_their_place(server, pieces):
+    whole = "".join(pieces).encode()
+    piled, singly = server.connect(), server.connect()
+    with frozen(server.pid):
+        unaccepted = server.connect()
+        for peer in (piled, unaccepted):  # the urgent mark is in the midst of what it finds
+            for piece in pieces:
+                peer.send(piece.encode(), socket.MSG_OOB if piece == "!" else 0)
+    for piece in pieces:
+        singly.send(piece.encode(), socket.MSG_OOB if piece == "!" else 0)
+        assert singly.recv(100) == piece.encode()
+    for peer in (piled, unaccepted):
+        assert receive(peer, len(whole)) == whole
+    assert cpu_share(server.pid, 0.2) < NO_SPIN
+    for peer in (piled, singly, unaccepted):
+        assert exchange(peer, b"still there?") == b"still there?"
+
+
+def test_an_urgent_segment_ahead_of_a_missing_one_is_no_spin():
+    namespace = ("unshare", "-rn")
+    if not shutil.which("ip") or subprocess.run([*namespace, "true"]).returncode:
+        pytest.skip("needs ip(8), unshare(1) and user namespaces")
+    command = [*namespace, sys.executable, ROOT / "tests" / "urgent_ahead.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < NO_SPIN
+
+
+def test_numbers_that_are_reused_in_one_turn_get_nobody_elses_bytes(server):
+    """One turn brings resets, bytes, and new connections that get the closed ones' numbers."""
+    before = [server.connect() for _ in range(20)]
+    server.wait_for_log("opened", 20)
+    with frozen(server.pid):
+        for index, peer in enumerate(before):
+            peer.sendall(b"old %d" % index)
+        for peer in before[:10]:
+            reset(peer)
+        after = [server.crowd(1, b"new %d" % index)[0] for index in range(20)]
+    for kind, peers in ((b"old", before), (b"new", after)):
+        for index, peer in enumerate(peers):
+            if peer.fileno() != -1:
+                peer.shutdown(socket.SHUT_WR)
+                assert read_to_end(peer) == b"%s %d" % (kind, index)
+    assert server.stop() == 0
+
+
+def test_the_log_tells_opened_and_closed_with_bytes_and_reason(server):
+    with server.connect() as peer, server.connect() as other:
+        names = [re.escape("{}:{}".format(*sock.getsockname())) for sock in (peer, other)]
+        assert exchange(peer, b"hello") == b"hello"
+        assert exchange(other, b"hello") == b"hello"
+        reset(other)
+    server.wait_for_log(rf"^{names[0]} opened$")
+    server.wait_for_log(rf"^{names[0]} closed: 5 bytes in, 5 out, end of file$")
+    server.wait_for_log(rf"^{names[1]} closed: 5 bytes in, 5 out, Connection reset by peer$")
+
+
+def test_the_trace_shows_events_bytes_and_masks_and_nothing_raw(serve):
+    server = serve("-v")
+    hostile = [bytes(range(start, start + 32)) for start in range(0, 256, 32)]
+    hostile += [b"bye\n127.0.0.1:1 opened\r", "\N{RIGHT-TO-LEFT OVERRIDE}\x85".encode()]
+    hostile += [b"'\"\\", bytes(range(256)) * 1000]
+    with server.connect() as peer:
+        name = re.escape("{}:{}".format(*peer.getsockname()))
+        for data in hostile:
+            assert exchange(peer, data) == data
+    server.wait_for_log(" closed: ")
+    server.wait_for_log("^poll: listener POLLIN$")
+    server.wait_for_log(f"^poll: {name} POLLIN$", len(hostile))
+    server.wait_for_log(f"^{name} received 0 bytes: b''$")
+    for data in hostile[:-1]:
+        for way in ("received", "sent"):
+            server.wait_for_log(f"^{name} {way} {len(data)} bytes: " + re.escape(repr(data)) + "$")
+    assert server.matches(r"sent \d+ bytes: b'.*'\.\.\.$")
+    for line in server.log:
+        assert line.isascii() and line.isprintable() and len(line) < 400, repr(line)
+    assert not server.matches(r"^127\.0\.0\.1:1 ")
+    server.kill()
+    server.wait_for_log("^poll: wake-up POLLIN$")
+
+
+def test_a_stuck_peer_is_no_longer_read_and_walks_through_the_masks(serve):
+    server = serve("-v")
+    with server.connect(receive_buffer=4096) as peer:
+        (size,) = push(peer)
+        read = sum(int(found[1]) for found in server.matches(r"received (\d+) bytes"))
+        assert 0 < read < size, "the server must leave bytes in the kernel: that is backpressure"
+        peer.shutdown(socket.SHUT_WR)
+        assert read_to_end(peer) == pattern(size)
+    server.wait_for_log("closed")
+    switches = {found[1] for found in server.matches(r"mask (\S+ -> \S+)")}
+    assert switches >= {
+        "POLLIN -> POLLIN|POLLOUT",
+        "POLLIN|POLLOUT -> POLLOUT",
+        "POLLOUT -> POLLIN|POLLOUT",
+        "POLLIN|POLLOUT -> POLLIN",
+    }
+    for way, total in (("received", r"(\d+) bytes in"), ("sent", r"(\d+) out")):
+        traced = sum(int(found[1]) for found in server.matches(rf"{way} (\d+) bytes"))
+        assert int(server.matches(total)[0][1]) == traced == size
+
+
+def test_peers_that_never_read_cost_a_quarter_mebibyte_each(server):
+    with server.connect() as peer:
+        exchange(peer, bytes(MIB))  # now its receive buffer is in memory
+        before = memory(server.pid)
+        peers = [server.connect(receive_buffer=4096) for _ in range(20)]
+        sizes = push(*peers, most=16 * MIB)
+        each = (memory(server.pid) - before) / len(peers)
+        print(f"\nstuck peers: {each / KIB:.0f} KiB each after {sum(sizes) / MIB:.0f} MiB in all")
+        assert each <= 256 * KIB
+        assert exchange(peer, b"still there?") == b"still there?"
+    for peer, size in zip(peers, sizes):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+        peer.shutdown(socket.SHUT_WR)
+        assert read_to_end(peer) == pattern(size)
+
+
+def test_bytes_that_wait_when_a_peer_goes_are_counted_as_not_sent(server):
+    peer = server.connect(receive_buffer=4096)
+    push(peer)
+    reset(peer)
+    server.wait_for_log(r"closed: \d+ bytes in, \d+ out, Connection reset by peer")
+    received, sent = map(int, server.matches(r"closed: (\d+) bytes in, (\d+) out")[0].groups())
+    assert 0 < received - sent <= 240 * KIB
+
+
+def test_want_of_memory_costs_peers_their_connection_and_nobody_else_anything(serve):
+    idle = serve()
+    status = Path(f"/proc/{idle.pid}/status").read_text()
+    needed = int(re.search(r"VmPeak:\s+(\d+) kB", status)[1])
+    limit = f'ulimit -v {needed + 2 * KIB}; exec "$@"'
+    server = serve(wrapper=("sh", "-c", limit, "sh"))
+    with server.connect() as bystander:
+        exchange(bystander, b"hello")
+        stuck = [server.connect(far=True) for _ in range(150)]
+        push(*stuck, most=512 * KIB, quiet=0.1)
+        server.wait_for_log("closed: .* out of memory")
+        assert exchange(bystander, pattern(MIB)) == pattern(MIB)
+        for peer in stuck:
+            reset(peer)
+        server.wait_for_log("closed", 150)
+        assert exchange(bystander, b"still there?") == b"still there?"
+    assert server.stop() == 0
+
+
+def test_a_peer_with_megabytes_to_read_is_read_once_then_it_is_the_others_turn(serve):
+    server = serve("-v")
+    with server.connect() as rich, server.connect() as poor:
+        exchange(rich, pattern(16 * MIB))  # its window is wide now
+        exchange(poor, b"hello")
+        names = ["{}:{}".format(*peer.getsockname()) for peer in (rich, poor)]
+        server.wait_for_log(f"{names[1]} sent 5 bytes")
+        seen = len(server.log)
+        with frozen(server.pid):
+            assert push(rich, quiet=0.1)[0] > MIB
+            poor.sendall(b"me too")
+        assert poor.recv(100) == b"me too"
+        server.wait_for_log(f"{names[1]} received 6 bytes")
+        turns = [line for line in server.log[seen:] if " received " in line]
+        assert any("b'me too'" in line for line in turns[:2]), turns
+        sizes = [int(found[1]) for found in server.matches(rf"{names[0]} received (\d+) bytes")]
+        assert max(sizes) <= 256 * KIB
+        reset(rich)
