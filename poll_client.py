@@ -198,6 +198,7 @@ class Terminal(Talk):
                 signal.signal(number, self._leave)
         signal.signal(signal.SIGTSTP, self._suspend)
         signal.signal(signal.SIGURG, self._arrived)
+        signal.siginterrupt(signal.SIGURG, not self._library)  # readline would lose what it writes
         threading.Thread(target=self._watch, daemon=True).start()
         end = ""
         try:

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """A TCP echo server on poll(2): one thread, one loop, every byte back.
 
-It is here to be read, from top to bottom, and to be relied on as the far end of a test.
 poll(2) is given descriptors, each with a mask of the events that it is to report.  The
 art is to ask for the right ones; they follow from two facts about a connection:
 
@@ -16,9 +15,9 @@ What poll(2) reports about a TCP socket, and what is done about it:
 
       POLLIN    bytes, end of file, or a connection   receive once; accept
       POLLOUT   a third of the send buffer is free    send one chunk that waits
-      POLLERR   the connection has failed             receive or send: that call fails
-      POLLHUP   both directions are shut                and names the reason
-      POLLNVAL  somebody else closed the descriptor   the same (EBADF): forget it
+      POLLERR   the connection has failed             receive or send, which names the reason
+      POLLHUP   both directions are shut              receive or send, which names the reason
+      POLLNVAL  somebody else closed the descriptor   forget it: the number is not ours
       POLLPRI   an urgent byte is announced           not asked for
 
 POLLERR, POLLHUP and POLLNVAL are reported whether asked for or not.  POLLPRI is up from
@@ -59,12 +58,11 @@ WRITE_ONLY = select.POLLOUT
 READ_WRITE = READ_ONLY | WRITE_ONLY
 
 RECEIVE_SIZE = 224 * 1024  # bytes per receive: with 128 KiB bulk is 3 % slower
-CHUNK_SIZE = 8 * 1024  # bytes per receive while others wait
+CHUNK_SIZE = 8 * 1024  # bytes per receive while earlier ones wait
 QUEUE_CHUNKS = 3  # with the two above, at most 240 KiB wait for one peer
-FEW = 100  # descriptors; up to here the busy are not polled apart: 3 peers gain 1.13
+FEW = 100  # descriptors; up to here a poll of all of them is cheaper: 1.13 with 3 peers
 PATIENCE = 2e-6  # seconds per descriptor that the busy are polled apart: see Poller
 TIMEOUT = 1000  # milliseconds that poll() waits at most: when housekeeping is due
-RETRY = 0.1  # seconds to wait when poll() itself fails: ten tries a second are no spin
 BACKLOG = socket.SOMAXCONN  # connections: as many as the system allows, listen(2)
 SETTLE = 0.2  # seconds of silence before a stop closes a connection: delayed ACKs take 0.04
 DRAIN_TURN = 50  # milliseconds between two looks at who is done: a stop seems at once
@@ -110,7 +108,7 @@ class Connection:
         if self.waiting and flags != select.POLLIN:
             self._send_chunk(self.waiting)
             return True
-        size = self.sock.recv_into(buffer, CHUNK_SIZE if self.waiting else 0)  # 0: all of it
+        size = self.sock.recv_into(buffer, CHUNK_SIZE if self.waiting else 0)  # 0: all that fits
         data = buffer[:size]
         if self.tracing:
             trace(self.peer, "received", data)
@@ -186,14 +184,14 @@ class Poller:
                 poller.unregister(fd)
 
     def poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Who is ready, with which events; waits for ``timeout`` milliseconds at most.
+        """Who is ready, with which events; about ``timeout`` milliseconds are the most it waits.
 
-        A timeout of 0 looks at everybody.  Raises ``OSError`` as poll(2) does.
+        Raises ``OSError`` as poll(2) does.
         """
         if len(self._masks) <= FEW:
             return self._everybody.poll(timeout)
         left = (self._due - time.monotonic()) * 1000
-        if left > 0 and timeout:
+        if left > 0:
             events = self._few.poll(min(int(left), timeout))
             if events:
                 self._active.update([fd for fd, _ in events])
@@ -211,12 +209,12 @@ class Poller:
 
 
 class PollServer:
-    """An echo server with the interface of ``socketserver.BaseServer``.
+    """An echo server with the names of ``socketserver.BaseServer``.
 
     ``address`` is ``(host, port)``: it listens on every address of that host (all of the
     machine's if it is empty), with the same port on each; port 0 takes a free one.
     ``max_connections`` (None: no limit) leaves further peers in the kernel's backlog,
-    ``idle_timeout`` (seconds, None: never) closes a peer that has been silent so long, a
+    ``idle_timeout`` (seconds, None: never) closes a peer that has had no event so long, a
     second later at most, ``reuse_port`` shares the port (SO_REUSEPORT, socket(7)).
 
     Raises ``OSError`` if the host cannot be resolved (``socket.gaierror``) or an address
@@ -224,7 +222,7 @@ class PollServer:
     timeout or a host that makes no sense, ``OverflowError`` for such a port.
 
     ``server_address`` is the first address listened on, ``grace`` the seconds that peers
-    have to take their bytes at a stop, ``cut`` the number of those that did not.
+    have to take their bytes at a stop, ``cut`` how many were closed before they had.
     """
 
     grace = 5.0  # service managers wait 10 or more
@@ -250,15 +248,13 @@ class PollServer:
         self._paused = self._warned = False  # nobody is accepted for now, and the log says so
         self._stops = 0  # how often it was asked to stop
         self._housekeeping_due = 0.0  # seconds, monotonic
-        self._pid = os.getpid()
-        self._serving = threading.RLock()  # held while the loop runs
+        self._pid, self._serving = os.getpid(), threading.RLock()  # held while the loop runs
         self.listeners = {sock.fileno(): sock for sock in listen(*address, reuse_port)}
         self.server_address: tuple[str, int] = next(iter(self.listeners.values())).getsockname()[:2]
         # The self-pipe trick: poll() returns however shortly before it shutdown() was called.
-        nonblocking = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-        self._wakeup, self._waker = socket.socketpair(type=nonblocking)
-        self.poller = Poller(always={self._wakeup.fileno(), *self.listeners})
-        self.poller.register(self._wakeup.fileno(), READ_ONLY)
+        self._wake, self._waker = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.poller = Poller(always={self._wake.fileno(), *self.listeners})
+        self.poller.register(self._wake.fileno(), READ_ONLY)
         self._accept_again()
 
     def serve_forever(self) -> None:
@@ -266,12 +262,12 @@ class PollServer:
 
         Once stopped it does not start again: later calls return at once.
         """
-        with self._serving:
+        with self._lock():
             if not self.listeners:
                 return
             Connection.tracing = log.isEnabledFor(logging.DEBUG)
             try:
-                for listener in self.listeners.values():
+                for listener in list(self.listeners.values()):
                     log.info("listening on %s", printable(listener.getsockname()))
                 while not self._stops:
                     self._turn(TIMEOUT)
@@ -283,17 +279,20 @@ class PollServer:
         """Poll once, for ``timeout`` milliseconds at most, and serve who is ready."""
         try:
             self._serve(self.poller.poll(timeout))
-        except (OSError, MemoryError) as error:  # poll(2): ENOMEM, or EINVAL after prlimit(2)
-            log.warning("poll: %s, next try in %g s", reason(error), RETRY)
-            time.sleep(RETRY)
+        except MemoryError:  # also poll() may find none: the one with most bytes waiting pays
+            hog = max(self.fd_to_socket, key=lambda fd: self.fd_to_socket[fd].unsent, default=-1)
+            self._close(hog, "out of memory")
+        except OSError as error:  # poll(2): ENOMEM, or EINVAL after prlimit(2)
+            log.warning("poll: %s, next try in 0.1 s", error.strerror)
+            time.sleep(0.1)
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         """Act on each event; a call that fails costs that peer its connection."""
         fd_to_socket, buffer, now = self.fd_to_socket, self._buffer, time.monotonic()
-        own = []  # served last, as accept() may reuse the number of a connection closed here
+        not_peers = []  # served last, as accept() may reuse the number of a connection closed here
         for fd, flags in events:
             if fd not in fd_to_socket:
-                own.append((fd, flags))
+                not_peers.append((fd, flags))
                 continue
             connection = fd_to_socket[fd]
             try:
@@ -304,18 +303,18 @@ class PollServer:
                 pass
             except (OSError, MemoryError) as error:  # ECONNRESET, EPIPE: the peer has gone
                 self._close(fd, GONE if flags & select.POLLNVAL else reason(error))
-        for fd, flags in own:
-            if fd in self.listeners:
+        for fd, flags in not_peers:
+            if listener := self.listeners.get(fd):
                 log.debug("poll: listener %s", flag_names(flags))
                 # With few open only one: to learn that no other waits costs a short
                 # connection 1.1 times the CPU.  With many a poll takes long, so do more.
-                most = BACKLOG if self._warned else 1 + len(fd_to_socket) // 16
-                self._accept(self.listeners[fd], most)
-            elif fd == self._wakeup.fileno():
+                self._accept(listener, BACKLOG if self._warned else 1 + len(fd_to_socket) // 16)
+            elif fd == self._wake.fileno():
                 log.debug("poll: wake-up %s", flag_names(flags))
-                self._wakeup.recv(64)
+                self._wake.recv(64)
         if now >= self._housekeeping_due:
             self._housekeeping_due = now + TIMEOUT / 1000
+            self._warned = self._warned and self._paused
             self._accept_again()
             for fd, connection in list(fd_to_socket.items()):
                 if now - connection.active >= self.idle_timeout:
@@ -338,12 +337,12 @@ class PollServer:
         connection = self.fd_to_socket.get(fd)
         if connection is None:
             return
+        connection.waiting = None  # the rest may need the memory
         self.poller.unregister(fd)
         if why == GONE:
             connection.sock.detach()  # the number may be another's by now
         close(connection.sock)
         del self.fd_to_socket[fd]
-        connection.waiting = None  # for want of memory the next line might fail
         received, sent = connection.received, connection.received - connection.unsent
         log.info("%s closed: %d bytes in, %d out, %s", connection.peer, received, sent, why)
         if self._paused:
@@ -388,7 +387,7 @@ class PollServer:
         self._paused = True
         for fd in self.listeners:
             self.poller.unregister(fd)
-        if not self._warned:  # say so once, until the backlog has been emptied
+        if not self._warned:  # say so once, until the backlog was empty or a second went well
             self._warned = True
             log.log(level, "not accepting: %s; who connects waits in the backlog", why)
 
@@ -396,6 +395,11 @@ class PollServer:
         for fd in self.listeners:
             self.poller.register(fd, READ_ONLY)
         self._paused = False
+
+    def _lock(self) -> threading.RLock:
+        if self._pid != os.getpid():  # fork(2) copies no other thread: who held it is not here
+            self._pid, self._serving = os.getpid(), threading.RLock()
+        return self._serving
 
     def shutdown(self) -> None:
         """Ask the loop to drain, and wait until it has stopped.
@@ -407,19 +411,17 @@ class PollServer:
         self._stops += 1
         with contextlib.suppress(OSError):  # full of such bytes, or closed
             self._waker.send(b"\0")
-        if self._pid != os.getpid():  # fork(2) copies no other thread: if one serves and
-            self._pid, self._serving = os.getpid(), threading.RLock()  # holds this, it is not here
-        with self._serving:
+        with self._lock():
             pass
 
     def server_close(self) -> None:
         """Stop the loop if it runs, as ``shutdown()`` does, and close all that is open."""
         self.shutdown()
-        with self._serving:
+        with self._lock():
             for fd in list(self.fd_to_socket):
                 self._close(fd, "server closed")
             self._close_listeners()
-            self._wakeup.close()
+            self._wake.close()
             self._waker.close()
 
     def __enter__(self) -> PollServer:
@@ -431,28 +433,26 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what is on its way, and close each connection when nothing of it is left.
 
-        That is when it has been silent for SETTLE seconds (its own kernel may hold back
-        more until ours has room) and the peer has acknowledged all that came: if it sends
-        once more after close(), our kernel resets the connection and drops what it still
-        holds (RFC 1122, section 4.2.2.13).
+        That is when nothing has come for SETTLE seconds (what the network or its own kernel
+        held back has come by then) and the peer has acknowledged all: if it sends once more
+        after close(), the kernel drops what is left with a reset (RFC 1122, 4.2.2.13).
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
-        self.max_connections = math.inf
-        timeout, deadline = 0, time.monotonic() + self.grace
+        self.max_connections = self.idle_timeout = math.inf
+        start = time.monotonic()
         while self.fd_to_socket or self.listeners:
             self._accept_again()
-            for listener in self.listeners.values():  # who waits there may have sent
-                self._accept(listener, BACKLOG)
-            if not self._paused:  # for want of descriptors
+            for listener in list(self.listeners.values()):  # who waits there may have sent
+                self._accept(listener, BACKLOG + 1)
+            if not self._paused or not self.fd_to_socket:  # no wait for a free descriptor
                 self._close_listeners()
-            if self._stops > 1 or time.monotonic() >= deadline:
+            if self._stops > 1 or time.monotonic() >= start + self.grace:
                 break
-            self._turn(timeout)
-            timeout, since = DRAIN_TURN, time.monotonic() - SETTLE
-            quiet = [fd for fd, peer in self.fd_to_socket.items() if peer.active <= since]
-            for fd in [fd for fd in quiet if not undelivered(self.fd_to_socket[fd])]:
-                self._close(fd, "server stopped")
-        self.cut = len(self.fd_to_socket)
+            self._turn(DRAIN_TURN)
+            for fd, peer in list(self.fd_to_socket.items()):
+                if max(start, peer.active) + SETTLE < time.monotonic() and not undelivered(peer):
+                    self._close(fd, "server stopped")
+        self.cut = len(self.fd_to_socket) + self._paused  # a backlog that nobody could look into
         lost = sum(map(undelivered, self.fd_to_socket.values()))
         for fd in list(self.fd_to_socket):
             self._close(fd, "cut")
@@ -516,9 +516,11 @@ def close(sock: socket.socket) -> None:
 
 def undelivered(connection: Connection) -> int:
     """Bytes of the peer's that it has not got back: unread, waiting, or not acknowledged."""
-    sizes = (termios.FIONREAD, termios.TIOCOUTQ)  # SIOCINQ and SIOCOUTQ of tcp(7)
-    in_kernel = [fcntl.ioctl(connection.sock, size, bytes(4)) for size in sizes]
-    return connection.unsent + sum(int.from_bytes(size, sys.byteorder) for size in in_kernel)
+    size = connection.unsent
+    with contextlib.suppress(OSError, ValueError):  # the descriptor was closed meanwhile
+        for question in (termios.FIONREAD, termios.TIOCOUTQ):  # SIOCINQ and SIOCOUTQ of tcp(7)
+            size += int.from_bytes(fcntl.ioctl(connection.sock, question, bytes(4)), sys.byteorder)
+    return size
 
 
 def reason(error: OSError | MemoryError) -> str:
@@ -545,8 +547,7 @@ def trace(peer: str, way: str, data: bytes | memoryview) -> None:
 class StandardError(logging.Handler):
     """Writes a line to descriptor 2 if that takes it at once, else counts it as left out.
 
-    A pipe that nobody reads is no reason to wait, nor one whose reader has gone to
-    complain, as logging.StreamHandler would, and Python at exit.
+    Unlike logging.StreamHandler it neither waits for a reader nor complains that it has gone.
     """
 
     left_out = 0
@@ -554,12 +555,10 @@ class StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         note = f"({self.left_out} lines left out)\n" if self.left_out else ""
         self.left_out += 1
-        try:
+        with contextlib.suppress(OSError):  # EPIPE; ENOSPC, if it is a file
             if select.select([], [2], [], 0)[1]:  # a pipe then has room for PIPE_BUF: pipe(7)
                 os.write(2, f"{note}{record.getMessage()}\n".encode())
                 self.left_out = 0
-        except OSError:  # EPIPE; ENOSPC, if it is a file
-            pass
 
 
 def port_number(text: str) -> int:

@@ -28,7 +28,7 @@ from pathlib import Path
 HOST, SIZE, PORTS = "127.0.0.1", 256 * 1024, 20_000
 SERVERS = ["ours", "poll", "uvloop", "asyncio"]
 SILENT = [0, 100, 1000, 3000, 9000]
-BUSY = ["1x64", "10x1k", "10x1m", "connect", "10x1k+hog"]
+BUSY = ["1x64", "10x1k", "10x100k", "connect", "10x1k+hog"]
 PICTURE = [f"10x1k+{count}idle" for count in SILENT]
 COLOURS = {"ours": "#d62728", "uvloop": "#1f77b4", "asyncio": "#2ca02c", "poll": "#7f7f7f"}
 CPUS = sorted(os.sched_getaffinity(0))[:2]  # the server's and the load's
@@ -75,15 +75,13 @@ class Load:
     def __init__(self, port, connections, size, idle):
         self.port, self.dialed, self.took = port, 0, []
         self.sockets = [self.dial() for _ in range(idle)]
-        self.pattern = random.Random(1).randbytes(size + connections)
+        pattern = random.Random(1).randbytes(size + connections)
         self.buffer, self.poller = memoryview(bytearray(SIZE)), select.epoll()
         self.talks = {}
         for number in range(connections):
-            sock = self.dial()
-            sock.setblocking(False)
-            self.sockets.append(sock)
+            self.sockets.append(sock := self.dial())
             self.poller.register(sock, select.EPOLLIN)
-            self.talks[sock.fileno()] = self.talk(sock, number, number + size)
+            self.talks[sock.fileno()] = self.talk(sock, pattern[number : number + size])
 
     def dial(self):
         """A new connection; the source address changes before its ports run out."""
@@ -110,22 +108,15 @@ class Load:
                     del self.talks[fd]
         assert not self.talks, "an echo did not come"
 
-    def talk(self, sock, first, last):
-        """Send a part of the pattern again and again; connection n's begins at byte n."""
-        view, mask = memoryview(self.pattern), select.EPOLLIN
+    def talk(self, sock, data):
+        """Send the data again and again, each time when all of it is back; it fits the buffers."""
         while (start := time.perf_counter()) < self.end:
-            sent = came = first
-            while came < last:
-                if sent < last:
-                    with contextlib.suppress(BlockingIOError):
-                        sent += sock.send(view[sent:last])
-                    wanted = select.EPOLLIN | (select.EPOLLOUT if sent < last else 0)
-                    if wanted != mask:
-                        mask = wanted
-                        self.poller.modify(sock, mask)
+            sock.sendall(data)
+            came = 0
+            while came < len(data):
                 yield False
                 size = sock.recv_into(self.buffer)
-                assert size and self.pattern.startswith(self.buffer[:size], came), "wrong bytes"
+                assert size and data.startswith(self.buffer[:size], came), "wrong bytes"
                 came += size
             self.took.append(time.perf_counter() - start)
 
@@ -133,11 +124,10 @@ class Load:
 def parse(work):
     if work == "connect":
         return 0, 5, 0
-    found = re.fullmatch(r"(\d+)x(\d+)([km]?)(?:\+(\d+)idle)?(?:\+hog)?", work)
+    found = re.fullmatch(r"(\d+)x(\d+)(k?)(?:\+(\d+)idle)?(?:\+hog)?", work)
     if not found:
-        sys.exit(f"{work!r} is not like 10x64, 10x1m+100idle, 10x1k+hog or connect")
-    unit = {"": 1, "k": 1024, "m": 1024 * 1024}[found[3]]
-    return int(found[1]), int(found[2]) * unit, int(found[4] or 0)
+        sys.exit(f"{work!r} is not like 10x64, 10x64k+100idle, 10x1k+hog or connect")
+    return int(found[1]), int(found[2]) * (1024 if found[3] else 1), int(found[4] or 0)
 
 
 def put_load(port, pid, work, seconds):
@@ -168,11 +158,11 @@ def measure(name, work, seconds, before):
         if work.endswith("+hog"):
             start([sys.executable, "-c", "while True: pass"], CPUS[0])
         server = start(ours if name in ("ours", "before") else [*role, name, port], CPUS[0])
-        for _ in range(400):
+        for pause in range(80):
             with socket.socket() as probe:
                 if not probe.connect_ex((HOST, int(port))):
                     break
-            time.sleep(0.025)
+            time.sleep(pause / 1000)
         command = [*role, "load", port, str(server.pid), work, str(seconds)]
         load = start(command, CPUS[-1], stdout=subprocess.PIPE)
         return json.loads(load.communicate(timeout=60 + seconds)[0])

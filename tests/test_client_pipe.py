@@ -36,10 +36,7 @@ def begin(start, far_end):
     return begin
 
 
-@pytest.mark.parametrize(
-    "data",
-    [bytes(range(256)) * 3, b"no newline at the end", b"\n", b"", "你好\n".encode()],
-)
+@pytest.mark.parametrize("data", [bytes(range(256)) * 3, b"no newline", b"\n", b""])
 def test_what_goes_in_comes_out_and_nothing_else(start, server, data):
     assert finish(start(server.port), data) == (0, data, "")
 
@@ -173,15 +170,6 @@ def test_a_reset_while_it_sends_loses_none_of_what_came_before(start, far_end):
     assert (status, output) == (1, bytes(1000))
     verdict = r"connection closed after 1000 of \d+ bytes came back: .*(reset by peer|Broken pipe)"
     assert re.fullmatch(f"poll_client: {verdict}\n", messages)
-
-
-def test_a_reset_together_with_the_end_of_input_is_counted(begin):
-    client, peer = begin(b"hello")
-    with frozen(client.pid):
-        reset(peer)
-        end_input(client)
-    verdict = "connection closed after 0 of 5 bytes came back: Connection reset by peer"
-    assert finish(client) == (1, b"", f"poll_client: {verdict}\n")
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["", "nobody reads the messages"])
@@ -326,14 +314,6 @@ def test_a_server_that_does_not_accept_in_time_is_one_line_that_names_the_addres
         end.refuse_silently()
         message = f"poll_client: cannot connect to 127.0.0.1:{end.port}: timed out\n"
         assert finish(start(end.port, "--timeout", "0.5"), b"hello") == (1, b"", message)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
-def test_every_address_of_a_name_is_tried(start, serve, tmp_path, address):
-    wrapper = with_hosts(tmp_path, "127.0.0.1", "127.0.0.2")
-    port = serve("--host", address).port
-    client = start(port, "--host", "several.test", wrapper=wrapper)
-    assert finish(client, b"hello") == (0, b"hello", "")
 
 
 def test_a_bad_argument_is_a_usage_error_that_says_what_is_right(start):

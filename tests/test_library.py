@@ -171,17 +171,6 @@ def test_leaving_the_with_block_closes_all_that_is_open(started):
     assert descriptors() == before
 
 
-def test_shutdown_from_a_signal_handler_in_the_loops_own_thread():
-    with PollServer(HERE) as server:
-        old = signal.signal(signal.SIGUSR1, lambda *_: server.shutdown())
-        try:
-            main = threading.main_thread().ident
-            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1)).start()
-            server.serve_forever()
-        finally:
-            signal.signal(signal.SIGUSR1, old)
-
-
 @pytest.mark.parametrize("word", ["opened", "closed", "received"])
 def test_server_close_from_a_log_handler_in_the_loops_own_thread(word, started):
     class Closer(logging.Handler):
@@ -203,6 +192,7 @@ def test_server_close_from_a_log_handler_in_the_loops_own_thread(word, started):
     finally:
         poll_server.log.removeHandler(handler)
         poll_server.log.setLevel(level)
+    server.shutdown()  # waits for the loop's end
     assert not (server.fd_to_socket or server.listeners)
 
 
@@ -303,15 +293,3 @@ def test_a_number_that_comes_again_is_the_new_peers(noticed, started):
             assert list(server.fd_to_socket) == [number]
             started(server)
             assert exchange(peer, b"hello") == b"hello"
-
-
-def test_a_default_timeout_of_the_program_stops_nobody(started):
-    socket.setdefaulttimeout(DEADLINE * 3)
-    try:
-        with started(PollServer(HERE)) as server:
-            server.grace = 0.01
-            with dial(server.server_address) as stuck, dial(server.server_address) as peer:
-                push(stuck, most=16 * MIB)
-                assert exchange(peer, b"hello") == b"hello"
-    finally:
-        socket.setdefaulttimeout(None)

@@ -4,15 +4,14 @@ from helpers import *
 
 
 def with_grace(serve, seconds):
-    code = "import sys, poll_server as p;"
-    code += f"p.PollServer.grace = {seconds}; sys.exit(p.main())"
+    code = f"import poll_server as p; p.PollServer.grace = {seconds}; p.sys.exit(p.main())"
     return serve(command=(sys.executable, "-c", code))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_an_idle_server_at_once(serve, number):
-    code = "import sys, poll_server as p; p.TIMEOUT = 3_600_000;"
-    server = serve(command=(sys.executable, "-c", code + "sys.exit(p.main())"))
+    code = "import poll_server as p; p.TIMEOUT = 3_600_000; p.sys.exit(p.main())"
+    server = serve(command=(sys.executable, "-c", code))
     with server.connect() as idle:
         assert exchange(idle, b"hello") == b"hello"
         server.kill(number)
@@ -24,8 +23,7 @@ def test_a_signal_stops_an_idle_server_at_once(serve, number):
 
 def test_the_port_can_be_bound_again_at_once(serve):
     server = serve()
-    peers = [server.connect() for _ in range(5)]
-    assert exchange(peers[0], b"hello") == b"hello"
+    assert exchange(server.connect(), b"hello") == b"hello"
     assert server.stop() == 0
     assert is_served(serve("--port", str(server.port)))
 
