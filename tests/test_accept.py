@@ -205,6 +205,12 @@ def test_a_limit_leaves_the_rest_in_the_backlog_until_there_is_room(serve):
     assert len(server.matches("opened")) == 2
     first.close()
     assert third.recv(1) == b"3"
+    for peer in second, third:
+        peer.close()
+    wait_until(lambda: len(server.matches(" closed: ")) == 3, "all to be closed")
+    time.sleep(1.1)  # a second without anybody waiting
+    server.crowd(3)
+    server.wait_for_log("^not accepting", 2)
 
 
 def test_idle_peers_are_closed_and_do_not_keep_a_talking_one_out(serve):

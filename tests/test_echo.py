@@ -166,22 +166,25 @@ def test_bytes_that_wait_when_a_peer_goes_are_counted_as_not_sent(server):
     assert 0 < received - sent <= 240 * KIB
 
 
-def test_want_of_memory_costs_peers_their_connection_and_nobody_else_anything(serve):
-    idle = serve()
-    status = Path(f"/proc/{idle.pid}/status").read_text()
+@pytest.mark.parametrize("words", [1, 400], ids=["bulk", "words"])
+def test_want_of_memory_costs_peers_their_connection_and_nobody_else_anything(serve, words):
+    status = Path(f"/proc/{serve().pid}/status").read_text()
     needed = int(re.search(r"VmPeak:\s+(\d+) kB", status)[1])
-    limit = f'ulimit -v {needed + 2 * KIB}; exec "$@"'
-    server = serve(wrapper=("sh", "-c", limit, "sh"))
-    with server.connect() as bystander:
-        exchange(bystander, b"hello")
-        stuck = [server.connect(far=True) for _ in range(150)]
-        push(*stuck, most=512 * KIB, quiet=0.1)
-        server.wait_for_log("closed: .* out of memory")
-        assert exchange(bystander, pattern(MIB)) == pattern(MIB)
-        for peer in stuck:
-            reset(peer)
-        server.wait_for_log("closed", 150)
-        assert exchange(bystander, b"still there?") == b"still there?"
+    server = serve(wrapper=("sh", "-c", f'ulimit -v {needed + 2 * KIB}; exec "$@"', "sh"))
+    bystander = server.connect()
+    exchange(bystander, b"hello")
+    stuck = [server.connect(receive_buffer=4096, far=words == 1) for _ in range(150)]
+    for peer in stuck * words:  # many small receives: then poll() is short of memory too
+        with contextlib.suppress(ConnectionError, BlockingIOError):
+            peer.setblocking(False)
+            peer.send(PATTERN[: random.choice([1, 50, 500, 9000])])
+    push(*stuck, most=8 * MIB, quiet=0.1)
+    server.wait_for_log("closed: .* out of memory")
+    assert exchange(bystander, pattern(MIB)) == pattern(MIB)
+    for peer in stuck:
+        reset(peer)
+    server.wait_for_log("closed", 150)
+    assert exchange(bystander, b"still there?") == b"still there?"
     assert server.stop() == 0
 
 
