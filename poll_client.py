@@ -315,7 +315,8 @@ class Terminal(Talk):
         """End by this signal, as without a handler."""
         signal.signal(number, signal.SIG_DFL)
         self._give_back()
-        write("\n")
+        with contextlib.suppress(OSError):  # the terminal has gone
+            write("\n")
         signal.raise_signal(number)
 
     def _suspend(self, *_: object) -> None:

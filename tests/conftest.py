@@ -9,9 +9,8 @@ import pytest
 pytest.register_assert_rewrite("helpers")
 from helpers import CLIENT, DEADLINE, STREAMS, FarEnd, Server, Terminal, wait_until
 
-# What the environment brings must not decide: an unbuffered standard error hides what
-# becomes of text that nobody reads, a size that is not the terminal's would be believed,
-# and an ignored SIGINT would be inherited.
+# What the environment brings must not decide: an unbuffered standard error hides what becomes
+# of text that nobody reads, a size would be believed, an ignored SIGINT be inherited.
 for name in ("PYTHONUNBUFFERED", "COLUMNS", "LINES"):
     os.environ.pop(name, None)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

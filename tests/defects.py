@@ -40,8 +40,7 @@ def run(copy):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("words", nargs="*", help="only defects with one of these in what they are")
-    words = parser.parse_args().words
-    survived = 0
+    words, survived = parser.parse_args().words, 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(

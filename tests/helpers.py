@@ -6,6 +6,7 @@ import os
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -25,6 +26,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SERVER, CLIENT = ROOT / "poll_server.py", ROOT / "poll_client.py"
 STREAMS = ("stdin", "stdout", "stderr")
+_, HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
+MANY = (20_000 if HARD == resource.RLIM_INFINITY else min(HARD, 20_000)) - 500  # descriptors
+resource.setrlimit(resource.RLIMIT_NOFILE, (MANY + 500, HARD))  # for the servers too
 DEADLINE = 20.0  # seconds after which a wait gives up: for a loaded machine, never reached
 KIB, MIB = 1024, 1024 * 1024
 NO_SPIN = 0.05  # the share of a core that is too little for a loop that runs free
@@ -69,6 +73,11 @@ def frozen(pid):
     wait_until(lambda: state(pid) == "T", "the process to stop")
     yield
     os.kill(pid, signal.SIGCONT)
+
+
+def limited(count):
+    """A wrapper in which a process has so many descriptors at most."""
+    return ("sh", "-c", f'ulimit -n {count}; exec "$@"', "sh")
 
 
 class Server:

@@ -197,21 +197,18 @@ def test_a_socket_that_turns_out_not_to_be_ready_does_not_end_the_talk(
     assert "(INJECTED)" in trace.read_text()
 
 
+ENDS = {socket.socket.close: "closed by the server", reset: "lost: Connection reset by peer"}
+
+
 @pytest.mark.parametrize("typed", ["", "half a li"])
-@pytest.mark.parametrize(
-    ("leave", "message"),
-    [
-        (socket.socket.close, "poll_client: connection closed by the server"),
-        (reset, "poll_client: connection lost: Connection reset by peer"),
-    ],
-)
+@pytest.mark.parametrize(("leave", "message"), ENDS.items())
 def test_hanging_up_at_the_prompt_is_noticed_at_once(talk, leave, message, typed):
     user, peer = talk()
     user.type(typed)
     user.sees(f"<<< {typed}".rstrip())
     leave(peer)
     user.ends(1)
-    user.sees(f"<<< {typed}".rstrip(), message, "")
+    user.sees(f"<<< {typed}".rstrip(), f"poll_client: connection {message}", "")
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
@@ -276,20 +273,22 @@ def test_lines_that_the_server_takes_late_are_not_lost_at_ctrl_d(talk, far_end):
 
 
 @pytest.mark.parametrize("typed", ["", "half a li"])
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
-)
+@pytest.mark.parametrize("number", [1, 2, 3, 10, 15], ids=["HUP", "INT", "QUIT", "USR1", "TERM"])
 def test_a_signal_ends_it_and_the_terminal_is_as_it_was(talk, number, typed):
     user, _ = talk()
     assert not termios.tcgetattr(user.tty)[3] & termios.ICANON
     user.type(typed)
     user.sees(f"<<< {typed}".rstrip())
-    if number == signal.SIGINT:
-        user.type(CTRL_C)
-    else:
-        os.kill(user.process.pid, number)
+    keys = {signal.SIGINT: CTRL_C, signal.SIGQUIT: "\x1c"}
+    user.type(keys[number]) if number in keys else user.process.send_signal(number)
     user.ends(-number)
     user.sees(f"<<< {typed}".rstrip(), "")
+
+
+def test_a_terminal_that_vanishes_ends_it_by_the_signal(talk):
+    user, _ = talk()
+    os.dup2(os.open(os.devnull, os.O_RDWR), user.person)
+    assert user.process.wait(DEADLINE) == -signal.SIGHUP
 
 
 def test_ctrl_z_at_the_prompt_stops_it_and_what_was_typed_survives(terminal, server):

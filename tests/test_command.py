@@ -69,8 +69,7 @@ def test_a_host_that_cannot_be_resolved_is_one_line_and_exit_1(host):
 def test_a_quiet_server_says_nothing_while_all_is_well_and_warns(serve):
     loud = serve()
     assert loud.stop() == 0
-    few = ("sh", "-c", 'ulimit -n 20; exec "$@"', "sh")
-    server = serve("-q", "--port", str(loud.port), wrapper=few, ready=False)
+    server = serve("-q", "--port", str(loud.port), wrapper=limited(20), ready=False)
     server.port = loud.port
 
     def answers():

@@ -63,25 +63,18 @@ def test_server_address_is_a_host_and_the_real_port(host, started):
             assert exchange(peer, b"hello") == b"hello"
 
 
-@pytest.mark.parametrize(
-    ("address", "options", "error"),
-    [
-        (HERE, {"max_connections": 0}, ValueError),
-        (HERE, {"max_connections": 1.5}, ValueError),
-        (HERE, {"max_connections": float("nan")}, ValueError),
-        (HERE, {"idle_timeout": 0}, ValueError),
-        (HERE, {"idle_timeout": -1}, ValueError),
-        (HERE, {"idle_timeout": float("nan")}, ValueError),
-        (("127.0.0.1\0", 0), {}, ValueError),
-        (("127.0.0.1", 70_000), {}, OverflowError),
-        (("127.0.0.1", -1), {}, OverflowError),
-        (("no-such-host.invalid", 0), {}, socket.gaierror),
-    ],
-)
-def test_what_makes_no_sense_is_refused_and_leaves_nothing_open(address, options, error):
+NAN = float("nan")
+WRONG = [({"max_connections": count}, ValueError) for count in (0, 1.5, NAN)]
+WRONG += [({"idle_timeout": seconds}, ValueError) for seconds in (0, -1, NAN)]
+WRONG += [({"address": ("127.0.0.1", port)}, OverflowError) for port in (-1, 70_000)]
+WRONG += [({"address": ("\0", 0)}, ValueError), ({"address": ("no.invalid", 0)}, socket.gaierror)]
+
+
+@pytest.mark.parametrize(("options", "error"), WRONG)
+def test_what_makes_no_sense_is_refused_and_leaves_nothing_open(options, error):
     before = descriptors()
     with pytest.raises(error):
-        PollServer(address, **options)
+        PollServer(**({"address": HERE} | options))
     assert descriptors() == before
 
 
@@ -127,6 +120,11 @@ def test_shutdown_wakes_the_loop_at_once_and_returns_when_it_has_ended(monkeypat
     assert server.peer.recv(1) == b""
     assert server.cut == 0
     server.shutdown()  # again
+
+
+def test_the_end_of_a_long_message_does_not_wait_for_an_acknowledgement(server):
+    (connection,) = server.fd_to_socket.values()
+    assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_second_shutdown_cuts_a_drain_short(server):

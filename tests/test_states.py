@@ -1,8 +1,7 @@
 """Every answer that the kernel can give, run through ``Connection``; and ``Poller`` by the clock.
 
-Scripts answer instead of sockets and clocks, so that nothing depends on buffers or on
-the machine, and no sequence is left out.  ``pytest -s -n 0 tests/test_states.py`` prints
-how many there were.
+Scripts answer instead of sockets and clocks, so no sequence depends on buffers or the machine,
+and none is left out.  ``pytest -s -n 0 tests/test_states.py`` prints how many there were.
 """
 
 import copy

@@ -19,13 +19,7 @@ def test_a_signal_stops_an_idle_server_at_once(serve, number):
         assert server.wait() == 0
     assert server.matches("^stopping: 1 connections are open$")
     assert server.matches("closed: 5 bytes in, 5 out, server stopped$")
-
-
-def test_the_port_can_be_bound_again_at_once(serve):
-    server = serve()
-    assert exchange(server.connect(), b"hello") == b"hello"
-    assert server.stop() == 0
-    assert is_served(serve("--port", str(server.port)))
+    assert is_served(serve("--port", str(server.port)))  # which is free at once
 
 
 def test_slow_peers_get_all_their_megabytes_and_nobody_new_comes_in(serve):
@@ -39,7 +33,7 @@ def test_slow_peers_get_all_their_megabytes_and_nobody_new_comes_in(serve):
         peer.shutdown(socket.SHUT_WR)
     server.kill()
     server.wait_for_log("^stopping: 6 connections are open$")
-    with pytest.raises(ConnectionRefusedError):
+    with pytest.raises(ConnectionError):
         while True:
             server.connect().close()
     came, reads = {peer: bytearray() for peer in peers}, 0
@@ -81,7 +75,8 @@ def test_who_is_in_the_backlog_is_echoed_too(serve, options):
     if "--max-connections" in options:
         assert exchange(server.connect(), b"hello") == b"hello"
     with frozen(server.pid):
-        peers = server.crowd(300, b"sent before the stop")
+        full = int(Path("/proc/sys/net/core/somaxconn").read_text()) + 1
+        peers = server.crowd(300 if options else min(full, MANY), b"sent before the stop")
         if "--host" in options:
             peers.append(server.connect("::1"))
             peers[-1].sendall(b"sent before the stop")
@@ -92,7 +87,7 @@ def test_who_is_in_the_backlog_is_echoed_too(serve, options):
 
 
 def test_want_of_descriptors_at_the_stop_loses_nobody_in_the_backlog(serve):
-    server = serve(wrapper=("sh", "-c", 'ulimit -n 20; exec "$@"', "sh"))
+    server = serve(wrapper=limited(20))
     peers = server.crowd(60)
     server.wait_for_log("not accepting")
     with frozen(server.pid):
