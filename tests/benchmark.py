@@ -182,13 +182,15 @@ def compare(work, names, arguments):
     }
 
 
-def table(works, results):
-    yield f"| | {'server':<8} | messages/s | ours/it | p50 us | p99 us | CPU us |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+def table(works, results, names):
+    yield "messages a second (ours / it) p50, p99 and CPU in us for each message:\n"
+    yield f"| | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}"
     for work in works:
-        for name, (rate, p50, p99, cpu, ratio) in results[work].items():
-            figures = f"{rate:,.0f} | {ratio:.2f} | {p50:,.0f} | {p99:,.0f} | {cpu:.1f}"
-            yield f"| {work} | {name:<8} | {figures} |"
+        cells = (
+            f"{rate:,.0f} ({ratio:.2f}) {p50:,.0f}, {p99:,.0f}, {cpu:.1f}"
+            for rate, p50, p99, cpu, ratio in results[work].values()
+        )
+        yield f"| `{work}` | {' | '.join(cells)} |"
 
 
 def picture(works, results, names):
@@ -236,7 +238,7 @@ def main():
     print(f"{machine}, {python}, medians of {arguments.rounds} x {arguments.seconds:g} s\n")
     if arguments.markdown:
         print(*picture(PICTURE, results, names), "", sep="\n")
-    print(*table(BUSY if arguments.markdown else works, results), sep="\n")
+    print(*table(BUSY if arguments.markdown else works, results, names), sep="\n")
 
 
 if __name__ == "__main__":
