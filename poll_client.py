@@ -391,7 +391,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A standard descriptor that is closed at start would become a socket.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
@@ -404,18 +411,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--timeout", type=seconds, default=10, metavar="SECONDS", help="per address (default: 10)")
     add("-v", "--verbose", action="store_true", help="end with bytes, seconds and rate")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A standard descriptor that is closed at start would become a socket.
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(spare)
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     try:
         with connect(arguments.host, arguments.port, arguments.timeout) as sock:
             started = time.monotonic()
