@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 import argparse
 import codecs
 import contextlib
-import ctypes
 import io
 import os
 import re
@@ -27,13 +26,14 @@ import sys
 import termios
 import threading
 import time
-import unicodedata
 import zlib
 from typing import NoReturn
+from unicodedata import category, east_asian_width, normalize
 
 try:
+    import ctypes
     import readline  # input() then has line editing and history
-except ImportError:  # Python built without it: input() does without
+except ImportError:  # Python built without one of them: input() does without
     readline = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
@@ -43,12 +43,9 @@ READ_WRITE = READ_ONLY | select.POLLOUT
 
 PROMPT = "<<< "
 SIZE = 256 * 1024  # bytes per read and receive: 0.95 of ncat's speed, 64 KiB 0.85
-AGAIN = 0.01  # seconds until a signal that came at the wrong moment is sent again
 PATIENCE = 300  # milliseconds of silence after which a person is told what it waits for
 CALLBACK = 0x80000  # readline.h, RL_STATE_CALLBACK: readline is asking for a line
-ENDING = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-# C0 but tab and newline, DEL, C1, what changes the order of characters, what is invisible:
-HIDDEN = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM STKFLT XCPU VTALRM PROF IO PWR"  # signal(7)
 
 
 class HungUp(Exception):
@@ -113,6 +110,9 @@ class Talk:
         with contextlib.suppress(OSError):  # reset in the meantime: the next receive says so
             self.sock.shutdown(socket.SHUT_WR)
 
+    def ending(self) -> str:
+        return f"connection lost: {self.lost}" if self.lost else "connection closed by the server"
+
 
 class Relay(Talk):
     """Copies standard input to the socket and the socket to standard output.
@@ -149,15 +149,14 @@ class Relay(Talk):
                     came = zlib.crc32(data, came)
                     write(data)
             reading = reading and not self.lost
-        count = f"{self.came} of {self.sent} bytes came back"
-        if reading and not self.lost:
-            return f"the server closed the connection before the end of the input; {count}"
-        if self.lost or self.came < self.sent:
-            return f"connection closed after {count}" + (self.lost and f": {self.lost}")
+        if self.lost or reading or self.came < self.sent:
+            early = " before the end of the input" if reading else ""
+            return f"{self.ending()}{early}; {self.came} of {self.sent} bytes came back"
         if self.came > self.sent:
             return f"{self.came} bytes came back, but {self.sent} were sent"
-        exact = came == went
-        return "" if exact else f"the {self.came} bytes that came back are not those that were sent"
+        if came != went:
+            return f"the {self.came} bytes that came back are not those that were sent"
+        return ""
 
 
 class Terminal(Talk):
@@ -178,12 +177,11 @@ class Terminal(Talk):
         # GNU readline can erase what it shows and draw it anew, but offers that in C only
         # (its manual, "Redisplay").  Python's module is linked to it, or to libedit.
         self._library: ctypes.CDLL | None = None
-        with contextlib.suppress(AttributeError, OSError, ValueError):
+        with contextlib.suppress(AttributeError, NameError, OSError, ValueError):
             library = ctypes.CDLL(readline.__file__)
             self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
             self._erase_prompt = library.rl_clear_visible_line
-            # Or it would give the terminal back after each line, and keys that come before
-            # the next prompt would be drawn by the kernel.
+            # Else it gives the terminal back after each line, and the kernel draws what is typed.
             ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
             self._library = library
         self._erases = bool(self._library) and os.environ.get("TERM") != "dumb"
@@ -192,15 +190,15 @@ class Terminal(Talk):
         """Talk until end of input (Ctrl-D), then show what still comes; what went wrong, if any."""
         where = printable(self.sock.getpeername())
         say(f"connected to {where}; Ctrl-D ends, Ctrl-C leaves at once")
+        sys.stderr = sys.stderr or sys.stdout  # input() insists on one
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        for number in map(signal.Signals.__getitem__, ENDING):
+        for number in [signal.Signals[f"SIG{name}"] for name in ENDING.split()]:
             if signal.getsignal(number) != signal.SIG_IGN:  # so nohup leaves SIGINT
                 signal.signal(number, self._leave)
         signal.signal(signal.SIGTSTP, self._suspend)
         signal.signal(signal.SIGURG, self._arrived)
         signal.siginterrupt(signal.SIGURG, not self._library)  # readline would lose what it writes
         threading.Thread(target=self._watch, daemon=True).start()
-        end = ""
         try:
             while True:
                 self._deliver(self._ask())
@@ -208,25 +206,26 @@ class Terminal(Talk):
             self._give_back()
             self.half_close()
             if not self._poll(READ_ONLY, PATIENCE):
+                self._partial = ""  # this line ends it
                 say("waiting for the server to close; Ctrl-C leaves")
             while self._receive():
                 self._poll(READ_ONLY, None)
+            return self.ending() if self.lost else ""
         except HungUp:
-            end = "connection closed by the server"
+            return self.ending()
         finally:
             self._give_back()
-        return f"connection lost: {self.lost}" if self.lost else end
 
     def _ask(self) -> str:
         self._asking = True
         try:
             line = input(PROMPT)
-        except BaseException:  # Ctrl-D, hung up: leave the row of the prompt
-            write("\n")
+        except BaseException as error:  # leave the row of the prompt; after half a line, erase it
+            write("\r\x1b[J" if isinstance(error, EOFError) and self._partial else "\n")
             raise
         finally:
             self._asking = False
-        if self._partial and self._erases:  # what was typed goes above the unfinished line
+        if self._partial:  # what was typed goes above the unfinished line
             typed, partial = visible(PROMPT + line), visible(self._partial)
             write(f"\x1b[{rows(typed) + rows(partial)}A\x1b[J{typed}\n{partial}\n")
         return line
@@ -242,7 +241,8 @@ class Terminal(Talk):
                 self.send()
             elif not self._receive():
                 raise HungUp
-        if not self._erases and self._poll(READ_ONLY, PATIENCE) and not self._receive():
+        more = select.select([0], [], [], 0)[0]  # the next line is typed; else the echo comes first
+        if not (self._erases or more) and self._poll(READ_ONLY, PATIENCE) and not self._receive():
             raise HungUp
 
     def _poll(self, mask: int, timeout: int | None) -> int:
@@ -251,13 +251,12 @@ class Terminal(Talk):
         return sum(flags for _, flags in poller.poll(timeout))
 
     def _watch(self) -> None:
-        """Interrupt input() as long as there is something to receive.
-
-        Again and again, for a signal that comes while readline draws a key goes unnoticed.
-        """
+        """Interrupt input() while there is something to receive; again and again, as readline
+        does not notice a signal that comes while it draws a key."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())  # all go to the other
         while self._poll(READ_ONLY, None):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-            time.sleep(AGAIN)
+            time.sleep(0.01)
 
     def _at_prompt(self) -> bool:
         """Whether the prompt is shown: not just before and just after, inside input()."""
@@ -291,13 +290,13 @@ class Terminal(Talk):
             self._library.fflush(None)  # readline writes through stdio
         elif asking:
             write("\n")
-        if self._partial and self._erases:
+        if self._partial:
             write(f"\x1b[{rows(visible(self._partial))}A\x1b[J")
         text = self._partial + text
         write(visible(text) + ("" if text.endswith("\n") else "\n"))
         self._partial = text[text.rfind("\n") + 1 :]
-        if not fits(self._partial):
-            self._partial = ""  # its first rows cannot be erased any more: so it ends here
+        if not self._erases or not fits(self._partial):
+            self._partial = ""  # it cannot be erased any more, so it ends here
         if asking and self._library:
             self._library.rl_on_new_line()
             readline.redisplay()
@@ -305,25 +304,26 @@ class Terminal(Talk):
             write(PROMPT + (readline.get_line_buffer() if readline else ""))
 
     def _give_back(self) -> None:
-        """Leave the terminal as it was found."""
-        if self._library:
-            self._library.rl_deprep_terminal()
-        with contextlib.suppress(termios.error):  # it has gone
-            termios.tcsetattr(0, termios.TCSANOW, self._found)
+        """Leave the terminal as it was found, unless it has gone or another job has it now."""
+        with contextlib.suppress(OSError, termios.error):
+            if os.tcgetpgrp(0) == os.getpgrp():
+                if self._library:
+                    self._library.rl_deprep_terminal()
+                termios.tcsetattr(0, termios.TCSANOW, self._found)
 
     def _leave(self, number: int, _: object) -> None:
-        """End by this signal, as without a handler."""
+        """End or stop by this signal, as without a handler."""
         signal.signal(number, signal.SIG_DFL)
         self._give_back()
         with contextlib.suppress(OSError):  # the terminal has gone
-            write("\n")
+            if select.select([], [1], [], 0)[1]:  # after Ctrl-S it takes nothing
+                write("\n")
         signal.raise_signal(number)
 
-    def _suspend(self, *_: object) -> None:
+    def _suspend(self, number: int, frame: object) -> None:
         """Ctrl-Z: stop, and go on with what is typed so far."""
-        self._give_back()
-        write("\n")
-        os.kill(os.getpid(), signal.SIGSTOP)  # not SIGTSTP, which would come here again
+        self._leave(number, frame)  # without a shell that could say fg, the kernel lets it go on
+        signal.signal(number, self._suspend)
         if self._library and self._at_prompt():
             self._library.rl_prep_terminal(1)
             self._library.rl_on_new_line()
@@ -346,15 +346,19 @@ def write(data: bytes | str) -> None:
 
 def visible(text: str) -> str:
     """``text`` with tabs as blanks, and escaped what a terminal would obey or not show."""
-    return re.sub(HIDDEN, lambda at: ascii(at[0])[1:-1], text).expandtabs()
+
+    def show(at: re.Match[str]) -> str:
+        obeyed = category(at[0]) in ("Cc", "Cf", "Zl", "Zp")
+        return ascii(at[0])[1:-1] if obeyed else at[0]
+
+    return re.sub("[^\t\n -~\u200c\u200d]", show, text).expandtabs()  # U+200C, D join letters
 
 
 def rows(line: str) -> int:
     """How many rows of the terminal a line takes."""
     columns, row, column = os.get_terminal_size(1).columns or 80, 1, 0
-    for character in line:
-        wide = unicodedata.east_asian_width(character) in "WF"
-        width = 0 if unicodedata.category(character) in ("Mn", "Me", "Cf") else 1 + wide
+    for char in normalize("NFC", line):
+        width = 0 if category(char) in ("Mn", "Me", "Cf") else 1 + (east_asian_width(char) in "WF")
         if column + width > columns:
             row, column = row + 1, 0
         column += width
@@ -379,10 +383,9 @@ def port_number(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 86400:  # a day; much more overflows poll()'s milliseconds
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, at most 86400")
+    if 0 < float(text) <= 86400:  # a day; much more overflows poll()'s milliseconds
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0 and up to 86400")
 
 
 class Parser(argparse.ArgumentParser):
@@ -396,9 +399,8 @@ def main(argv: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A standard descriptor that is closed at start would become a socket.
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+    while os.open(os.devnull, os.O_RDWR) < 2:
         pass
-    os.close(spare)
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
@@ -406,9 +408,15 @@ def main(argv: list[str] | None = None) -> int:
         "or no connection, 2 usage error; Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
-    add("--host", default="localhost", help="name or address to connect to (default: localhost)")
-    add("--port", type=port_number, default=8800, help="port to connect to (default: 8800)")
-    add("--timeout", type=seconds, default=10, metavar="SECONDS", help="per address (default: 10)")
+    add("--host", default="localhost", help="name or address to connect to (default: %(default)s)")
+    add("--port", type=port_number, default=8800, help="port to connect to (default: %(default)s)")
+    add(
+        "--timeout",
+        type=seconds,
+        default=10,
+        metavar="SECS",
+        help="to connect (default: %(default)s)",
+    )
     add("-v", "--verbose", action="store_true", help="end with bytes, seconds and rate")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)

@@ -579,8 +579,8 @@ def main(argv: list[str] | None = None) -> int:
         "had to be cut or an address cannot be used, 2 usage error.",
     )
     add, loudness = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--host", default="localhost", help="name or address to listen on (default: localhost)")
-    add("--port", type=port_number, default=8800, help="0: take a free one (default: 8800)")
+    add("--host", default="localhost", help="name or address to listen on (default: %(default)s)")
+    add("--port", type=port_number, default=8800, help="0: take a free one (default: %(default)s)")
     add("--max-connections", type=int, metavar="N", help="leave the rest in the backlog")
     add("--idle-timeout", type=float, metavar="SECONDS", help="close peers silent so long")
     add("--reuse-port", action="store_true", help="share the port with other processes")

@@ -28,7 +28,7 @@ from pathlib import Path
 HOST, SIZE, PORTS = "127.0.0.1", 256 * 1024, 20_000
 SERVERS = ["ours", "poll", "uvloop", "asyncio"]
 SILENT = [0, 100, 1000, 3000, 9000]
-BUSY = ["1x64", "10x1k", "10x100k", "connect", "10x1k+hog"]
+BUSY = ["1x64", "10x100k", "connect", "10x1k+hog"]
 PICTURE = [f"10x1k+{count}idle" for count in SILENT]
 COLOURS = {"ours": "#d62728", "uvloop": "#1f77b4", "asyncio": "#2ca02c", "poll": "#7f7f7f"}
 CPUS = sorted(os.sched_getaffinity(0))[:2]  # the server's and the load's

@@ -10,11 +10,12 @@ pytest.register_assert_rewrite("helpers")
 from helpers import CLIENT, DEADLINE, STREAMS, FarEnd, Server, Terminal, wait_until
 
 # What the environment brings must not decide: an unbuffered standard error hides what becomes
-# of text that nobody reads, a size would be believed, an ignored SIGINT be inherited.
+# of text that nobody reads, a size would be believed, an ignored signal be inherited.
 for name in ("PYTHONUNBUFFERED", "COLUMNS", "LINES"):
     os.environ.pop(name, None)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -31,10 +31,8 @@ def run(copy):
     """The first test that fails, or nothing if all pass."""
     command = [sys.executable, "-m", "pytest", "-xq", "--tb=no", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return (
-        found[1].removeprefix("tests/") if found else "" if not done.returncode else "no test ran"
-    )
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    return found[1] if found else "no test ran" if done.returncode else ""
 
 
 def main():
@@ -43,9 +41,8 @@ def main():
     words, survived = parser.parse_args().words, 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(
-            ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
-        )
+        ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT, copy, ignore=ignore)
         for what, script, old, new in defects():
             if words and not any(word in what for word in words):
                 continue

@@ -196,9 +196,9 @@ def exchange(peer, data):
 
 
 def receive(peer, size):
-    """``size`` bytes that are due, or less if the peer ends before."""
-    came = b""
-    while len(came) < size and (part := peer.recv(size - len(came))):
+    """``size`` bytes that are due from a socket or a file, or less if it ends before."""
+    came, read = b"", getattr(peer, "recv", None) or peer.read
+    while len(came) < size and (part := read(size - len(came))):
         came += part
     return came
 
@@ -303,6 +303,33 @@ runpy.run_path({str(CLIENT)!r}, run_name="__main__")
 """
 
 
+# A shell that runs one job.  SIGCONT is "fg", SIGTERM "kill %1"; it ends as the job does.
+SHELL = """
+import os, signal, sys
+numbers = {signal.SIGCHLD, signal.SIGCONT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+pid, status, job = 0, 0, os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    os.execv(sys.argv[1], sys.argv[1:])
+while not pid or os.WIFSTOPPED(status):
+    number = signal.sigwait(numbers)
+    if number == signal.SIGCHLD:
+        pid, status = os.waitpid(job, os.WUNTRACED | os.WNOHANG)
+        os.tcsetpgrp(0, os.getpid() if pid else os.tcgetpgrp(0))
+        continue
+    os.tcsetpgrp(0, job if number == signal.SIGCONT else os.getpid())
+    os.kill(job, number)
+    os.kill(job, signal.SIGCONT)
+sys.exit(os.waitstatus_to_exitcode(status) % 256)
+"""
+IN_SHELL = (sys.executable, "-c", SHELL)
+
+
 class Terminal:
     """A pseudo-terminal in which the client runs, the person who sits there, and the screen."""
 
@@ -347,11 +374,21 @@ class Terminal:
             wait_until(lambda: self.rows() == [*rows], "the screen to look right")
         assert self.rows() == [*rows]
 
+    def stops(self):
+        """Wait until the shell has the terminal again, as it was."""
+        shell = self.process.pid
+        wait_until(lambda: os.tcgetpgrp(self.person) == shell, "the client to be stopped")
+        assert termios.tcgetattr(self.tty) == self.found
+
+    def fg(self):
+        self.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: os.tcgetpgrp(self.person) != self.process.pid, "the client to go on")
+
     def ends(self, status):
         """Wait for the end, and find the terminal as it was, at the start of a line."""
         wait_until(lambda: self.look() and self.process.poll() is not None, "the client's end")
         assert "Traceback" not in "\n".join(self.look())
-        assert self.process.returncode == status, self.look()
+        assert self.process.returncode in (status, status % 256), self.look()
         assert termios.tcgetattr(self.tty) == self.found
         assert self.look() and self.screen.cursor.x == 0
 

@@ -1,5 +1,7 @@
 """The client at a terminal: pseudo-terminals, a screen that obeys what a terminal obeys."""
 
+import unicodedata
+
 from helpers import *
 
 DUMB, LESS = {"TERM": "dumb"}, ("-c", NO_READLINE)
@@ -75,6 +77,15 @@ def test_enter_does_not_end_a_line_that_comes_in_parts(talk):
     user.sees("<<< typed", "hello slow wor", "<<<")
     peer.sendall(b"ld\n")
     user.sees("<<< typed", "hello slow world", "<<<")
+    peer.sendall(b"in p")
+    user.sees("<<< typed", "hello slow world", "in p", "<<<")
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b"typed\n"
+    peer.sendall(b"arts")
+    peer.close()
+    user.ends(0)
+    late = ["in p", "waiting for the server to close; Ctrl-C leaves", "arts"]  # after 0.3 s
+    assert user.rows()[2:-1] in (["in parts"], late)
 
 
 @pytest.mark.parametrize("columns", [20, 21])
@@ -82,9 +93,9 @@ def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(talk, columns):
     user, peer = talk(size=(columns, 24))
     greeting = user.look()[:-1]
     text = ""
-    for part in ("你好世界" * 4, "xy", "z" * 40, "你" * 3, "\n"):
+    for part in ("你好世界" * 4, "x\u0301y", "z" * 40, "é" * 3, "\n"):
         text += part
-        peer.sendall(part.encode())
+        peer.sendall(unicodedata.normalize("NFD", part).encode())
         shown = text.rstrip() + "<<<"
         wait_until(lambda: "".join(user.look()[len(greeting) :]) == shown, shown)  # noqa: B023
     assert user.look()[: len(greeting)] == greeting
@@ -111,11 +122,12 @@ def test_a_line_that_is_taller_than_the_screen_leaves_no_copies(talk):
 def test_nothing_that_a_terminal_obeys_gets_to_it(talk):
     user, peer = talk()
     hostile = b"\x1b[2J\x1b]0;title\x07 \xff\xc3\x28 \xc2\x9b1m \x00\x7f"
-    hostile += "\u202egnp.exe\u2066\u200f\ufeff".encode()
+    invisible = "\u202egnp.exe\u2066\u200f\ufeff\u061c\u200b\xad"
+    hostile += invisible.encode()
     peer.sendall(b"ta\tbs\r\nand line ends\r")
     peer.sendall(b"\n" + hostile + b"\n")
-    escaped = r"\x1b[2J\x1b]0;title\x07 \xff\xc3( \x9b1m \x00\x7f\u202egnp.exe\u2066\u200f\ufeff"
-    user.sees("ta      bs", "and line ends", escaped, "<<<")
+    escaped = r"\x1b[2J\x1b]0;title\x07 \xff\xc3( \x9b1m \x00\x7f" + ascii(invisible)[1:-1]
+    user.sees("ta      bs", "and line ends", escaped[:80], escaped[80:], "<<<")
     user.type(CTRL_D)
     assert read_to_end(peer) == b""
     peer.sendall(b"cut \xe4\xbd")
@@ -149,12 +161,12 @@ def test_text_that_arrives_while_typing_leaves_the_line_and_the_cursor_as_they_w
     assert receive(peer, len(typed) + 2).decode() == f"{typed[:-14]}X{typed[-14:]}\n"
 
 
-def test_lines_typed_ahead_of_a_server_that_never_answers_go_out_at_once(talk):
-    user, peer = talk()
-    lines = [f"line {number}" for number in range(50)]
-    user.sees("<<<")
+@pytest.mark.parametrize("env", [{}, DUMB], ids=["", "dumb"])
+def test_lines_typed_ahead_of_a_server_that_never_answers_go_out_at_once(talk, env):
+    user, peer = talk(env=env)
+    lines = [f"line {number}" for number in range(100)]
     user.type("".join(line + ENTER for line in lines))
-    assert receive(peer, 390) == "".join(f"{line}\n" for line in lines).encode()
+    assert receive(peer, 790) == "".join(f"{line}\n" for line in lines).encode()
     user.sees(*(f"<<< {line}" for line in lines), "<<<")
 
 
@@ -197,6 +209,15 @@ def test_a_socket_that_turns_out_not_to_be_ready_does_not_end_the_talk(
     assert "(INJECTED)" in trace.read_text()
 
 
+@pytest.mark.parametrize("start", ['exec "$@" 2>&-', "trap '' INT; exec \"$@\""])
+def test_it_talks_without_a_standard_error_and_with_a_sigint_that_is_ignored(talk, start):
+    user, peer = talk(wrapper=("sh", "-c", start, "sh"))
+    if "trap" in start:
+        user.process.send_signal(signal.SIGINT)
+    user.type("hello" + ENTER)
+    assert receive(peer, 6) == b"hello\n"
+
+
 ENDS = {socket.socket.close: "closed by the server", reset: "lost: Connection reset by peer"}
 
 
@@ -235,16 +256,16 @@ def test_a_reset_while_it_sends_loses_none_of_the_servers_last_words(talk):
 
 @pytest.mark.parametrize("late", ["two\nlate\nlines\n", "and no newline", ""])
 def test_ctrl_d_says_that_it_waits_and_prints_what_still_comes(talk, late):
-    user, peer = talk()
+    user, peer = talk(wrapper=IN_SHELL)
     user.type("unanswered" + ENTER + CTRL_D)
     assert read_to_end(peer) == b"unanswered\n"
     waiting = "waiting for the server to close; Ctrl-C leaves"
     user.sees("<<< unanswered", "<<<", waiting, "")
     assert termios.tcgetattr(user.tty) == user.found
-    os.kill(user.process.pid, signal.SIGTSTP)  # as Ctrl-Z at this terminal
-    wait_until(lambda: state(user.process.pid) == "T", "the client to be stopped")
+    user.type(CTRL_Z)
+    user.stops()
     peer.sendall(late.encode())
-    os.kill(user.process.pid, signal.SIGCONT)
+    user.fg()
     wait_until(lambda: late.split("\n")[0] in user.rows(), "what came")
     if late:
         peer.close()
@@ -292,20 +313,41 @@ def test_a_terminal_that_vanishes_ends_it_by_the_signal(talk):
 
 
 def test_ctrl_z_at_the_prompt_stops_it_and_what_was_typed_survives(terminal, server):
-    user = terminal(server.port)
+    user = terminal(server.port, wrapper=IN_SHELL)
     user.sees("<<<")
     user.type("hel")
     user.sees("<<< hel")
     for count in (1, 2):
         user.type(CTRL_Z)
-        wait_until(lambda: state(user.process.pid) == "T", "the client to be stopped")
-        assert termios.tcgetattr(user.tty) == user.found
-        os.kill(user.process.pid, signal.SIGCONT)
+        user.stops()
+        user.fg()
         user.sees(*["<<< hel"] * (count + 1))
     user.type("lo" + ENTER)
     user.sees("<<< hel", "<<< hel", "<<< hello", "hello", "<<<")
-    user.type(CTRL_D)
-    user.ends(0)
+    user.type(CTRL_Z)
+    user.stops()
+    user.process.terminate()
+    user.ends(-signal.SIGTERM)
+
+
+def test_ctrl_z_where_no_shell_could_continue_it_does_not_stop_it(talk):
+    user, peer = talk()
+    user.type("hel")
+    user.sees("<<< hel")
+    user.type(CTRL_Z)
+    user.sees("<<< hel", "<<< hel")
+    user.type("lo" + ENTER)
+    assert receive(peer, 6) == b"hello\n"
+
+
+def test_a_signal_ends_it_while_the_terminal_takes_nothing(talk):
+    user, peer = talk()
+    peer.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while select.select([], [peer], [], 0.3)[1]:
+            peer.send(PATTERN)
+    user.process.terminate()
+    assert user.process.wait(DEADLINE) == -signal.SIGTERM
 
 
 def test_a_dumb_terminal_gets_no_escape_sequences(talk):
@@ -315,7 +357,7 @@ def test_a_dumb_terminal_gets_no_escape_sequences(talk):
     peer.sendall(b"ne")
     user.sees("<<< typed", "ne", "<<< typed")
     peer.sendall(b"ws\n")
-    user.sees("<<< typed", "ne", "<<< typed", "news", "<<< typed")
+    user.sees("<<< typed", "ne", "<<< typed", "ws", "<<< typed")
     user.type(CTRL_C)
     user.ends(-signal.SIGINT)
     assert b"\x1b" not in user.raw

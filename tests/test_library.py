@@ -7,6 +7,7 @@ import logging
 
 from helpers import *
 
+import poll_client
 import poll_server
 from poll_server import PollServer
 
@@ -124,7 +125,9 @@ def test_shutdown_wakes_the_loop_at_once_and_returns_when_it_has_ended(monkeypat
 
 def test_the_end_of_a_long_message_does_not_wait_for_an_acknowledgement(server):
     (connection,) = server.fd_to_socket.values()
-    assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with poll_client.connect(*server.server_address, DEADLINE) as client:
+        for sock in (connection.sock, client):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_second_shutdown_cuts_a_drain_short(server):

@@ -15,7 +15,9 @@ def test_a_signal_stops_an_idle_server_at_once(serve, number):
     with server.connect() as idle:
         assert exchange(idle, b"hello") == b"hello"
         server.kill(number)
+        start = time.monotonic()
         assert idle.recv(1) == b""
+        assert time.monotonic() - start < 0.9  # 0.2 s of silence, and a look each 0.05 s
         assert server.wait() == 0
     assert server.matches("^stopping: 1 connections are open$")
     assert server.matches("closed: 5 bytes in, 5 out, server stopped$")
@@ -62,7 +64,7 @@ def test_bytes_that_only_the_kernel_still_holds_are_waited_for(serve):
         wait_until(lambda: unacknowledged(slow) == 0, "all to be in the server's kernel")
         server.kill()
         server.wait_for_log("stopping")
-        time.sleep(1.2)  # longer than a silence lasts, and until housekeeping has been
+        assert cpu_share(server.pid, 1.2) < NO_SPIN  # a silence and housekeeping are in it
         slow.sendall(b"!")
         assert read_to_end(slow) == pattern(200_000) + b"!"
     assert server.wait() == 0
@@ -129,7 +131,7 @@ def test_after_five_seconds_the_rest_is_cut_and_counted(serve):
         except (AssertionError, ConnectionError):
             pass
         assert server.wait() == 1
-        assert time.monotonic() - start >= 4.9
+        assert 4.9 <= time.monotonic() - start < 10  # after which service managers kill
         (found,) = server.matches(r"^cut [12] connections, (\d+) bytes lost$")
         came = read_to_end(stuck, reset_is_end=True)
     assert came == pattern(len(came))
@@ -189,23 +191,3 @@ def test_ctrl_c_while_it_resolves_leaves_no_traceback(serve):
     server = serve(command=(sys.executable, "-c", code + "poll_server.main()"), ready=False)
     assert server.wait() == -signal.SIGINT
     assert server.log == []
-
-
-def test_signals_and_standstills_lose_nothing(server):
-    done = threading.Event()
-
-    def disturb():
-        while not done.wait(0.002):
-            for number in signal.SIGSTOP, signal.SIGWINCH, signal.SIGCONT, signal.SIGURG:
-                server.kill(number)
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    peer, slow = server.connect(), server.connect(far=True)
-    (size,) = push(slow, most=MIB)
-    assert exchange(peer, pattern(32 * MIB)) == pattern(32 * MIB)
-    slow.shutdown(socket.SHUT_WR)
-    assert read_to_end(slow) == pattern(size)
-    done.set()
-    thread.join()
-    assert server.stop() == 0
