@@ -408,15 +408,9 @@ def main(argv: list[str] | None = None) -> int:
         "or no connection, 2 usage error; Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
-    add("--host", default="localhost", help="name or address to connect to (default: %(default)s)")
-    add("--port", type=port_number, default=8800, help="port to connect to (default: %(default)s)")
-    add(
-        "--timeout",
-        type=seconds,
-        default=10,
-        metavar="SECS",
-        help="to connect (default: %(default)s)",
-    )
+    add("--host", default="localhost", help="name or address of the server (default: %(default)s)")
+    add("--port", type=port_number, default=8800, help="its port (default: %(default)s)")
+    add("--timeout", type=seconds, default=10, help="seconds to connect (default: %(default)s)")
     add("-v", "--verbose", action="store_true", help="end with bytes, seconds and rate")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)

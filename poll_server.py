@@ -60,13 +60,13 @@ READ_WRITE = READ_ONLY | WRITE_ONLY
 RECEIVE_SIZE = 224 * 1024  # bytes per receive: with 128 KiB bulk is 3 % slower
 CHUNK_SIZE = 8 * 1024  # bytes per receive while earlier ones wait
 QUEUE_CHUNKS = 3  # with the two above, at most 240 KiB wait for one peer
-FEW = 100  # descriptors; up to here a poll of all of them is cheaper: 1.13 with 3 peers
-PATIENCE = 2e-6  # seconds per descriptor that the busy are polled apart: see Poller
+FEW = 100  # descriptors, up to which all are polled: 1.13 times as many messages with 3 peers
+PATIENCE = 2e-6  # seconds per descriptor for which the busy are polled apart: see Poller
 TIMEOUT = 1000  # milliseconds that poll() waits at most: when housekeeping is due
 BACKLOG = socket.SOMAXCONN  # connections: as many as the system allows, listen(2)
 SETTLE = 0.2  # seconds of silence before a stop closes a connection: delayed ACKs take 0.04
 DRAIN_TURN = 50  # milliseconds between two looks at who is done: a stop seems at once
-GONE = "its descriptor was closed"
+GONE, NO_MEMORY = "its descriptor was closed", "out of memory"
 
 
 class Connection:
@@ -149,9 +149,9 @@ class Connection:
 class Poller:
     """``select.poll`` for many descriptors of which few are busy.
 
-    A poll of everybody costs about 0.2 us for each descriptor, however few have an event.
-    So it is followed by polls of the busy alone, those that had an event lately, until ten
-    times as long has passed.  A silent peer that speaks waits for that time at most,
+    A poll of everybody takes about 0.2 us for each descriptor, however few have an event.
+    So it is followed by polls of the busy alone, those that had an event lately, for ten
+    times as long (PATIENCE).  A silent peer that speaks waits for that time at most,
     whatever the others do, and polls of everybody take a tenth of the whole.
     """
 
@@ -161,14 +161,14 @@ class Poller:
         self._everybody = select.poll()
         self._few = select.poll()  # knows those in _busy, with the same masks
         self._busy: set[int] = set()
-        self._active: set[int] = set()  # who had an event since the last poll of everybody
+        self._spoke: set[int] = set()  # who had an event since the last poll of everybody
         self._due = 0.0  # seconds, monotonic: when everybody is to be polled again
 
     def register(self, fd: int, mask: int) -> None:
         """Poll ``fd`` for these events from now on."""
         if fd not in self._masks:  # who is new soon has something to say
             self._busy.add(fd)
-            self._active.add(fd)
+            self._spoke.add(fd)
         self._masks[fd] = mask
         self._everybody.register(fd, mask)
         if fd in self._busy:
@@ -178,13 +178,13 @@ class Poller:
         """Forget ``fd``; unlike ``select.poll``, also if it is not registered, or half."""
         self._masks.pop(fd, None)
         self._busy.discard(fd)
-        self._active.discard(fd)
+        self._spoke.discard(fd)
         for poller in (self._everybody, self._few):
             with contextlib.suppress(KeyError):
                 poller.unregister(fd)
 
     def poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Who is ready, with which events; about ``timeout`` milliseconds are the most it waits.
+        """Who is ready, with which events; waits for ``timeout`` milliseconds, or little longer.
 
         Raises ``OSError`` as poll(2) does.
         """
@@ -193,18 +193,18 @@ class Poller:
         left = (self._due - time.monotonic()) * 1000
         if left > 0:
             events = self._few.poll(min(int(left), timeout))
-            if events:
-                self._active.update([fd for fd, _ in events])
+            if events and time.monotonic() < self._due:  # not if the process stood still meanwhile
+                self._spoke.update([fd for fd, _ in events])
                 return events
         events = self._everybody.poll(timeout)
         self._due = time.monotonic() + PATIENCE * len(self._masks)
-        self._active.update([fd for fd, _ in events])
-        if 4 * len(self._active) < len(self._busy):
+        self._spoke.update([fd for fd, _ in events])
+        if 4 * len(self._spoke) < len(self._busy):
             self._few, self._busy = select.poll(), set()
-        for fd in self._active - self._busy:
+        for fd in self._spoke - self._busy:
             self._few.register(fd, self._masks[fd])
             self._busy.add(fd)
-        self._active = self._always & self._masks.keys()
+        self._spoke = self._always & self._masks.keys()
         return events
 
 
@@ -239,13 +239,13 @@ class PollServer:
             raise ValueError("max_connections must be a whole number, 1 or more")
         if idle_timeout is not None and not 0 < idle_timeout < math.inf:
             raise ValueError("idle_timeout must be a number of seconds, more than 0")
-        self.max_connections = math.inf if max_connections is None else max_connections
+        self.max_connections = math.inf if max_connections is None else int(max_connections)
         self.idle_timeout = math.inf if idle_timeout is None else idle_timeout
         self.fd_to_socket: dict[int, Connection] = {}
         self.cut = 0
         # Whole pages: in a bytearray, which starts within one, 16 KiB go at 0.75 of the rate.
         self._buffer = memoryview(mmap.mmap(-1, RECEIVE_SIZE, mmap.MAP_PRIVATE))
-        self._paused = self._warned = False  # nobody is accepted for now, and the log says so
+        self._paused = self._warned = False  # nobody is accepted now; the log has said so lately
         self._stops = 0  # how often it was asked to stop
         self._housekeeping_due = 0.0  # seconds, monotonic
         self._pid, self._serving = os.getpid(), threading.RLock()  # held while the loop runs
@@ -281,7 +281,7 @@ class PollServer:
             self._serve(self.poller.poll(timeout))
         except MemoryError:  # also poll() may find none: the one with most bytes waiting pays
             hog = max(self.fd_to_socket, key=lambda fd: self.fd_to_socket[fd].unsent, default=-1)
-            self._close(hog, "out of memory")
+            self._close(hog, NO_MEMORY)
         except OSError as error:  # poll(2): ENOMEM, or EINVAL after prlimit(2)
             log.warning("poll: %s, next try in 0.1 s", error.strerror)
             time.sleep(0.1)
@@ -306,8 +306,8 @@ class PollServer:
         for fd, flags in not_peers:
             if listener := self.listeners.get(fd):
                 log.debug("poll: listener %s", flag_names(flags))
-                # With few open only one: to learn that no other waits costs a short
-                # connection 1.1 times the CPU.  With many a poll takes long, so do more.
+                # With few open only one: to learn that no other waits costs a short connection
+                # 1.1 times the CPU.  More if a poll takes long; all, to see a warning's end.
                 self._accept(listener, BACKLOG if self._warned else 1 + len(fd_to_socket) // 16)
             elif fd == self._wake.fileno():
                 log.debug("poll: wake-up %s", flag_names(flags))
@@ -337,12 +337,13 @@ class PollServer:
         connection = self.fd_to_socket.get(fd)
         if connection is None:
             return
-        connection.waiting = None  # the rest may need the memory
+        connection.waiting = None  # frees memory, which the next lines may need
         self.poller.unregister(fd)
         if why == GONE:
             connection.sock.detach()  # the number may be another's by now
         close(connection.sock)
         del self.fd_to_socket[fd]
+        self.cut += why in ("cut", NO_MEMORY)
         received, sent = connection.received, connection.received - connection.unsent
         log.info("%s closed: %d bytes in, %d out, %s", connection.peer, received, sent, why)
         if self._paused:
@@ -373,7 +374,7 @@ class PollServer:
 
     def _open(self, sock: socket.socket, peer: str) -> None:
         fd = sock.fileno()
-        self._close(fd, GONE)  # if it is there: somebody closed it, and the number comes again
+        self._close(fd, GONE)  # if it is in the table, somebody closed it: the kernel gave it anew
         try:
             self.fd_to_socket[fd] = Connection(sock, peer)
             sock.setblocking(False)
@@ -433,26 +434,26 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what is on its way, and close each connection when nothing of it is left.
 
-        That is when nothing has come for SETTLE seconds (what the network or its own kernel
-        held back has come by then) and the peer has acknowledged all: if it sends once more
-        after close(), the kernel drops what is left with a reset (RFC 1122, 4.2.2.13).
+        That is when nothing has come for SETTLE seconds (what a delayed acknowledgement held
+        back has come by then) and the peer has acknowledged all: if it sends once more after
+        close(), the kernel drops what is left with a reset (RFC 1122, 4.2.2.13).
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         self.max_connections = self.idle_timeout = math.inf
         start = time.monotonic()
-        while self.fd_to_socket or self.listeners:
+        while True:
             self._accept_again()
             for listener in list(self.listeners.values()):  # who waits there may have sent
                 self._accept(listener, BACKLOG + 1)
-            if not self._paused or not self.fd_to_socket:  # no wait for a free descriptor
+            if not self._paused or not self.fd_to_socket:  # else one may free its descriptor
                 self._close_listeners()
-            if self._stops > 1 or time.monotonic() >= start + self.grace:
+            if not self.fd_to_socket or self._stops > 1 or time.monotonic() >= start + self.grace:
                 break
             self._turn(DRAIN_TURN)
             for fd, peer in list(self.fd_to_socket.items()):
                 if max(start, peer.active) + SETTLE < time.monotonic() and not undelivered(peer):
                     self._close(fd, "server stopped")
-        self.cut = len(self.fd_to_socket) + self._paused  # a backlog that nobody could look into
+        self.cut += self._paused  # a backlog that nobody could look into
         lost = sum(map(undelivered, self.fd_to_socket.values()))
         for fd in list(self.fd_to_socket):
             self._close(fd, "cut")
@@ -524,7 +525,7 @@ def undelivered(connection: Connection) -> int:
 
 
 def reason(error: OSError | MemoryError) -> str:
-    return getattr(error, "strerror", "out of memory")
+    return getattr(error, "strerror", NO_MEMORY)
 
 
 def printable(address: tuple[object, ...]) -> str:
@@ -589,9 +590,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)
     # A standard descriptor that is closed at start would become a socket.
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+    while os.open(os.devnull, os.O_RDWR) < 2:
         pass
-    os.close(spare)
     log.setLevel("DEBUG" if arguments.verbose else "WARNING" if arguments.quiet else "INFO")
     log.addHandler(StandardError())
     # Connections are descriptors; the soft limit of 1024 protects who uses select(2).

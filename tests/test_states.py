@@ -189,6 +189,7 @@ def run_turns(poller, world, turns):
         assert everybody.masks == registered
         assert few.masks.items() <= registered.items(), "not the same mask in both"
         assert LISTENER in few.masks
+        assert world.now <= poller._due, "events of the busy alone, though all are due"
         for fd, _ in events:
             assert fd in registered
             longest = max(longest, world.now - world.ready.pop(fd))
