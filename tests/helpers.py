@@ -147,6 +147,12 @@ class Server:
         assert not self.matches("Traceback|Exception|race condition"), "\n".join(self.log)
 
 
+def run(*arguments):
+    """Run a script or module, which is expected to end by itself."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3 * DEADLINE)
+
+
 def with_hosts(path, *hosts):
     """A wrapper in which the name several.test has these addresses; skips where none can be."""
     (path / "hosts").write_text("".join(f"{host} several.test\n" for host in hosts))
@@ -256,12 +262,15 @@ def is_served(server):
     return False
 
 
-def failing_once(call, path):
-    """A wrapper in which the first such call fails with EAGAIN, and the file that tells of it."""
+def inject(call, error, when):
     if not shutil.which("strace"):
         pytest.skip("strace is not installed: no system call can be made to fail")
-    fault = ("-e", f"trace={call}", "-e", f"inject={call}:error=EAGAIN:when=1")
-    return ("strace", "-f", "-qq", "-o", str(path / "trace"), *fault), path / "trace"
+    return "strace", "-f", "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"
+
+
+def failing_once(call, path):
+    """A wrapper in which the first such call fails with EAGAIN, and the file that tells of it."""
+    return (*inject(call, "EAGAIN", "1"), "-qq", "-o", str(path / "trace")), path / "trace"
 
 
 # Lets strace attach where only a parent may (the Yama module): prctl(2), PR_SET_PTRACER.
@@ -279,11 +288,8 @@ def failing(pid, call, error, when):
 
     Gives a function that tells how many calls were made to fail so far.
     """
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed: no system call can be made to fail")
     with tempfile.NamedTemporaryFile() as file:
-        command = ["strace", "-f", "-p", str(pid), "-o", file.name]
-        command += ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
+        command = [*inject(call, error, when), "-p", str(pid), "-o", file.name]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
             try:
                 said = tracer.stderr.readline()

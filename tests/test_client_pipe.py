@@ -265,17 +265,6 @@ runpy.run_path({str(CLIENT)!r}, run_name="__main__")
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
-def test_ctrl_c_leaves_while_it_connects(start):
-    with FarEnd(backlog=0) as end:
-        end.refuse_silently()
-        client = start(end.port)
-        table = Path(f"/proc/{client.pid}/net/tcp")
-        waiting = f":{end.port:04X} 02 "  # SYN_SENT
-        wait_until(lambda: table.read_text().count(waiting) > 1, "the client to connect")
-        client.send_signal(signal.SIGINT)
-        assert finish(client) == (-signal.SIGINT, b"", "")
-
-
 @pytest.mark.parametrize(
     ("host", "shown"),
     [

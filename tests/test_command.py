@@ -5,12 +5,6 @@ import zipfile
 from helpers import *
 
 
-def run(*arguments):
-    """Run a command that is expected to end by itself."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=3 * DEADLINE)
-
-
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

@@ -74,13 +74,3 @@ def test_neither_idle_peers_nor_a_slow_talker_cost_processor_time(server):
     assert cpu_share(server.pid, 1.1) < 0.005
     with talking(server, 0, 0.001, 0):
         assert cpu_share(server.pid, 0.5) < 0.2
-
-
-def test_peers_that_switch_masks_and_come_and_go_beside_silent_ones_lose_nothing(server):
-    data = bytes(range(256)) * 20_000
-    with talking(server, 0, 0, 500) as quiet:
-        for _ in range(3):
-            with server.connect(receive_buffer=8192) as peer:
-                assert exchange(peer, data) == data
-        for peer in quiet[::100]:
-            assert exchange(peer, b"me too") == b"me too"

@@ -89,7 +89,6 @@ def test_a_taken_address_raises_oserror_with_the_kernels_errno():
 
 
 def test_a_free_port_is_free_on_all_addresses(monkeypatch):
-    """And one that never is (one address includes the other) is an error."""
     taken = []
 
     def create_server(*arguments, **options):
@@ -100,17 +99,12 @@ def test_a_free_port_is_free_on_all_addresses(monkeypatch):
         return listener
 
     original = socket.create_server
-    with monkeypatch.context() as patch:
-        patch.setattr(socket, "create_server", create_server)
-        with PollServer(("", 0)) as server:
-            ports = {sock.getsockname()[1] for sock in server.listeners.values()}
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with PollServer(("", 0)) as server:
+        ports = {sock.getsockname()[1] for sock in server.listeners.values()}
     assert len(ports) == 1
     assert ports != {taken[0].getsockname()[1]}
     taken[0].close()
-    both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("0.0.0.0", HERE[0])]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
-    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:"):
-        PollServer(("both", 0))
 
 
 def test_shutdown_wakes_the_loop_at_once_and_returns_when_it_has_ended(monkeypatch, server):

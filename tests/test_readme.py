@@ -15,10 +15,6 @@ def blocks(language, text):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE, cwd=ROOT)
-
-
 def test_the_loop_is_the_one_of_the_script():
     (loop,) = blocks("python", section("How it works"))
     assert textwrap.indent(loop, " " * 8) in SERVER.read_text()
@@ -35,7 +31,7 @@ def test_options_and_defaults_are_those_of_help():
                 defaults.strip(" `").split("`, `"),
             )
             documented |= zip(options, defaults * 2)
-        text = run(sys.executable, script, "--help").stdout.split("options:")[1]
+        text = run(script, "--help").stdout.split("options:")[1]
         real = {}
         for entry in re.split(r"\n  (?=-)", text.split("exit status")[0])[1:]:
             (option, *_), words = re.findall(r"--[a-z-]+", entry), " ".join(entry.split())
@@ -87,7 +83,7 @@ def test_echo(echo_address):
     (code,) = blocks("python", section("As a fixture in your tests"))
     (tmp_path / "test_it.py").write_text(code + test)
     options = ("-q", "-p", "no:randomly", "-n", "0", "--rootdir", tmp_path, "-o", "addopts=")
-    done = run(sys.executable, "-m", "pytest", *options, tmp_path / "test_it.py")
+    done = run("-m", "pytest", *options, tmp_path / "test_it.py")
     assert "1 passed" in done.stdout, done.stdout
 
 
@@ -102,5 +98,5 @@ def test_those_who_are_to_read_the_examples_accept_them(tmp_path, language, file
     if not shutil.which(command[0]):
         pytest.skip(f"needs {command[0]}")
     (tmp_path / file).write_text(blocks(language, section("In production"))[0])
-    done = run(*command, tmp_path / file)
+    done = subprocess.run([*command, tmp_path / file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -158,24 +158,6 @@ def test_signals_that_come_late_or_in_a_hail_change_nothing(serve):
         assert server.wait() == 0
 
 
-SLOW_HANDLERS = """
-import signal, sys, time
-import poll_server
-
-def slow(*arguments, original=signal.signal):
-    time.sleep(0.05)
-    return original(*arguments)
-
-signal.signal = slow
-sys.exit(poll_server.main())
-"""
-
-
-def test_a_signal_right_after_the_listening_line_drains(serve):
-    server = serve(command=(sys.executable, "-c", SLOW_HANDLERS))
-    assert server.stop() == 0
-
-
 def test_a_sigint_that_was_ignored_at_the_start_stays_ignored(serve):
     server = serve(wrapper=("sh", "-c", "trap '' INT; exec \"$@\"", "sh"))
     with server.connect() as peer:
