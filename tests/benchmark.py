@@ -233,9 +233,8 @@ def main():
     works = PICTURE + BUSY if arguments.markdown else arguments.work.split(",")
     results = {work: compare(work, names, arguments) for work in works}
     cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    machine = f"{cpu[1] if cpu else platform.machine()}, Linux {platform.release()}"
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    print(f"{machine}, {python}, medians of {arguments.rounds} x {arguments.seconds:g} s\n")
+    machine = f"{cpu[1] if cpu else platform.machine()}, CPython {platform.python_version()}"
+    print(f"{machine}, medians of {arguments.rounds} x {arguments.seconds:g} s\n")
     if arguments.markdown:
         print(*picture(PICTURE, results, names), "", sep="\n")
     print(*table(BUSY if arguments.markdown else works, results, names), sep="\n")

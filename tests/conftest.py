@@ -13,9 +13,9 @@ from helpers import CLIENT, DEADLINE, STREAMS, FarEnd, Server, Terminal, wait_un
 # of text that nobody reads, a size would be believed, an ignored signal be inherited.
 for name in ("PYTHONUNBUFFERED", "COLUMNS", "LINES"):
     os.environ.pop(name, None)
-for number, handler in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+for number in signal.SIGINT, signal.SIGHUP, signal.SIGQUIT:
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, handler)
+        signal.signal(number, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -136,13 +136,6 @@ def test_nothing_that_a_terminal_obeys_gets_to_it(talk):
     assert user.rows()[-2] == r"cut \xe4\xbd"
 
 
-def test_text_that_the_locale_cannot_show_is_escaped(talk):
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    user, peer = talk(env=ascii_only)
-    peer.sendall("你\n".encode())
-    user.sees(r"\u4f60", "<<<")
-
-
 @pytest.mark.parametrize("columns", [20, 40, 80])
 def test_text_that_arrives_while_typing_leaves_the_line_and_the_cursor_as_they_were(talk, columns):
     user, peer = talk(size=(columns, 24), stderr=subprocess.DEVNULL)

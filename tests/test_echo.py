@@ -9,19 +9,6 @@ def test_every_byte_comes_back_in_order(server, size):
         assert exchange(peer, pattern(size)) == pattern(size)
 
 
-def test_any_chunking_and_every_byte_value_come_back(server):
-    chunks, at = random.Random(2), 0
-    with server.connect() as peer:
-        for value in range(256):
-            assert exchange(peer, bytes([value])) == bytes([value])
-        while at < 300_000:
-            size = chunks.choice([1, 2, 3, 100, 1448, 40_000])
-            peer.sendall(PATTERN[at : at + size])
-            at += size
-        peer.shutdown(socket.SHUT_WR)
-        assert read_to_end(peer) == PATTERN[:at]
-
-
 @pytest.mark.parametrize("size", [0, 1, 100_000, 64 * MIB], ids=["none", "one", "some", "stuck"])
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 def test_a_half_close_before_reading_loses_nothing(server, size, far):
