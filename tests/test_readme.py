@@ -47,16 +47,6 @@ def test_tests_that_it_names_exist():
     assert not {name for name in named if f"def {name}(" not in known}
 
 
-def test_the_transcript_is_what_the_client_prints(server, terminal):
-    (transcript,) = blocks("text", section("Two commands"))
-    user = terminal(server.port)
-    for line in re.findall("^<<< (.+)$", transcript, re.MULTILINE):
-        wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
-        user.type(line + ENTER)
-        wait_until(lambda: user.look()[-2:] == [line, "<<<"], "the echo")  # noqa: B023
-    assert user.look() == transcript.replace("8800", str(server.port)).splitlines()
-
-
 def test_the_trace_of_a_stuck_peer_is_what_the_server_prints(serve):
     server = serve("-v")
     push(server.connect(far=True), most=MIB)
