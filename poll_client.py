@@ -45,7 +45,7 @@ PROMPT = "<<< "
 SIZE = 256 * 1024  # bytes per read and receive: 0.95 of ncat's speed, 64 KiB 0.85
 PATIENCE = 300  # milliseconds of silence after which a person is told what it waits for
 CALLBACK = 0x80000  # readline.h, RL_STATE_CALLBACK: readline is asking for a line
-ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM STKFLT XCPU VTALRM PROF IO PWR"  # signal(7)
+ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7)
 
 
 class HungUp(Exception):
@@ -173,7 +173,7 @@ class Terminal(Talk):
         self._partial = ""  # the last line that came, until its newline comes
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-        self._found = termios.tcgetattr(0)
+        self._found = termios.tcgetattr(0)  # to give it back so
         # GNU readline can erase what it shows and draw it anew, but offers that in C only
         # (its manual, "Redisplay").  Python's module is linked to it, or to libedit.
         self._library: ctypes.CDLL | None = None
@@ -259,7 +259,7 @@ class Terminal(Talk):
             time.sleep(0.01)
 
     def _at_prompt(self) -> bool:
-        """Whether the prompt is shown: not just before and just after, inside input()."""
+        """Whether the prompt is on the screen: input() begins before that and ends after it."""
         return bool(self._state.value & CALLBACK) if self._library else self._asking
 
     def _arrived(self, *_: object) -> None:
