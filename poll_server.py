@@ -589,9 +589,6 @@ def main(argv: list[str] | None = None) -> int:
     loudness.add_argument("-q", "--quiet", action="store_true", help="log warnings only")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)
-    # A standard descriptor that is closed at start would become a socket.
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
     log.setLevel("DEBUG" if arguments.verbose else "WARNING" if arguments.quiet else "INFO")
     log.addHandler(StandardError())
     # Connections are descriptors; the soft limit of 1024 protects who uses select(2).
