@@ -31,6 +31,7 @@ registered with the mask of the first table.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -570,6 +571,7 @@ def port_number(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    atexit.register(setattr, sys, "stderr", None)  # a failing flush would make the status 120
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop runs: no traceback
     parser = argparse.ArgumentParser(

@@ -190,12 +190,12 @@ def test_verbose_ends_with_bytes_seconds_and_rate(start, far_end, tmp_path):
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_the_status_holds_whatever_standard_error_is(redirection, unbuffered):
-    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, str(CLIENT)]
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable]
     env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    cases = ((1, ["--host", "127.0.0.1", "--port", "1"]), (2, ["--port", "http"]), (2, ["stray"]))
-    for status, arguments in cases:
-        done = subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, env=env)
-        assert done.returncode == status
+    refused, wrong = ["--host", "127.0.0.1", "--port", "1"], ["--port", "http"]
+    for status, script, arguments in (1, CLIENT, refused), (2, CLIENT, wrong), (2, SERVER, wrong):
+        words = [*command, script, *arguments]
+        assert subprocess.run(words, stdin=subprocess.DEVNULL, env=env).returncode == status
 
 
 def test_it_ends_quietly_like_cat_when_nobody_reads_its_output(start, server):
