@@ -105,11 +105,9 @@ def test_who_is_in_the_middle_of_talking_may_go_on_for_a_moment(serve):
     def goes_on(server):
         with server.connect() as peer:
             exchange(peer, b"hello")
-            with frozen(server.pid):
-                server.kill()
-                peer.sendall(b"one")
+            time.sleep(0.3)  # silent for longer than a stop waits
+            server.kill()
             try:
-                assert receive(peer, 3) == b"one"
                 return all(not time.sleep(0.1) and exchange(peer, b"two") for _ in range(3))
             except (AssertionError, ConnectionError):
                 return False
