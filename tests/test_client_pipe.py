@@ -193,8 +193,8 @@ def test_the_status_holds_whatever_standard_error_is(redirection, unbuffered):
     command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable]
     env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     refused, wrong = ["--host", "127.0.0.1", "--port", "1"], ["--port", "http"]
-    for status, script, arguments in (1, CLIENT, refused), (2, CLIENT, wrong), (2, SERVER, wrong):
-        words = [*command, script, *arguments]
+    for status, arguments in (1, refused), (2, wrong):
+        words = [*command, CLIENT, *arguments]
         assert subprocess.run(words, stdin=subprocess.DEVNULL, env=env).returncode == status
 
 

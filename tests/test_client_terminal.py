@@ -89,6 +89,24 @@ def test_enter_does_not_end_a_line_that_comes_in_parts(talk):
     user.sees("<<< typed", "hello slow world", "in p", waiting, "arts", "")
 
 
+SLOW_INPUT = f"""
+import builtins, runpy, time
+original = input
+builtins.input = lambda prompt: (time.sleep(0.5), original(prompt), time.sleep(0.5))[1]
+runpy.run_path({str(CLIENT)!r}, run_name="__main__")
+"""
+
+
+def test_text_that_comes_between_two_prompts_tears_nothing(talk):
+    user, peer = talk(program=("-c", SLOW_INPUT))
+    user.type("typed" + ENTER)
+    user.sees("<<< typed", "")
+    for word in (b"ne", b"ws\n", b"more\n", b"news\n") * 2:
+        peer.sendall(word)
+        time.sleep(0.1)
+    user.sees("<<< typed", *("news", "more", "news") * 2, "<<<")
+
+
 @pytest.mark.parametrize("columns", [20, 21])
 def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(talk, columns):
     user, peer = talk(size=(columns, 24))

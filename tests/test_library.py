@@ -127,6 +127,17 @@ def test_a_second_shutdown_cuts_a_drain_short(server):
     assert len(read_to_end(server.peer, reset_is_end=True)) < size
 
 
+def test_a_stop_before_serving_echoes_all_of_a_full_backlog(started):
+    full = int(Path("/proc/sys/net/core/somaxconn").read_text()) + 1  # the kernel takes one more
+    with PollServer(HERE) as server, contextlib.ExitStack() as peers:
+        crowd = [peers.enter_context(dial(server.server_address)) for _ in range(min(full, MANY))]
+        for peer in crowd:
+            peer.sendall(b"hello")
+        server.shutdown()
+        started(server)
+        assert {read_to_end(peer) for peer in crowd} == {b"hello"}
+
+
 @pytest.mark.parametrize("close", [PollServer.shutdown, PollServer.server_close])
 def test_serving_after_the_stop_returns_at_once(close):
     server = PollServer(HERE)
