@@ -104,32 +104,33 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do: ``BlockingIOError`` is a false alarm
         (poll(2), BUGS), any other is the end of the connection.
         """
-        if self.tracing:
+        tracing, waiting = self.tracing, self.waiting
+        if tracing:
             log.debug("poll: %s %s", self.peer, flag_names(flags))
-        if self.waiting and flags != select.POLLIN:
-            self._send_chunk(self.waiting)
+        if waiting and flags != select.POLLIN:
+            self._send_chunk(waiting)
             return True
-        size = self.sock.recv_into(buffer, CHUNK_SIZE if self.waiting else 0)  # 0: all that fits
+        size = self.sock.recv_into(buffer, CHUNK_SIZE if waiting else 0)  # 0: all that fits
         data = buffer[:size]
-        if self.tracing:
+        if tracing:
             trace(self.peer, "received", data)
         if not size:
             self.finished = True
             return True
         self.received += size
-        if not self.waiting:
+        if not waiting:
             try:
                 sent = self.sock.send(data)
             except OSError:  # no room; if it is another error, the next send meets it too
                 sent = 0
-            if self.tracing:
+            if tracing:
                 trace(self.peer, "sent", data[:sent])
             if sent == size:
                 return False
             data = data[sent:]
-            self.waiting = queue.Queue(QUEUE_CHUNKS)
+            self.waiting = waiting = queue.Queue(QUEUE_CHUNKS)
         self.unsent += len(data)
-        self.waiting.put_nowait(bytes(data))
+        waiting.put_nowait(bytes(data))
         return True
 
     def _send_chunk(self, waiting: queue.Queue[bytes]) -> None:
@@ -155,8 +156,7 @@ class Poller:
     times as long (PATIENCE).  A silent peer that speaks waits for that time at most,
     whatever the others do, and polls of everybody take a tenth of the whole.
 
-    Where few peers answer fast, falling asleep and waking up costs more than the wait, so
-    after a short wait the next one begins awake (SPIN).
+    Where few talk fast, waking up costs more than the wait: after a short one it stays awake.
     """
 
     def __init__(self, always: set[int]) -> None:
@@ -204,11 +204,11 @@ class Poller:
         if left > 0:
             events = self._few.poll(min(int(left), timeout))
             if events and time.monotonic() < self._due:  # not if the process stood still meanwhile
-                self._spoke.update([fd for fd, _ in events])
+                self._spoke.update(dict(events))  # its keys, the descriptors
                 return events
         events = self._everybody.poll(timeout)
         self._due = time.monotonic() + PATIENCE * len(self._masks)
-        self._spoke.update([fd for fd, _ in events])
+        self._spoke.update(dict(events))
         if 4 * len(self._spoke) < len(self._busy):
             self._few, self._busy = select.poll(), set()
         for fd in self._spoke - self._busy:
