@@ -251,8 +251,7 @@ class Terminal(Talk):
         return sum(flags for _, flags in poller.poll(timeout))
 
     def _watch(self) -> None:
-        """Interrupt input() while there is something to receive; again and again, as readline
-        does not notice a signal that comes while it draws a key."""
+        """Interrupt input() while there is input; readline misses a signal while it draws a key."""
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())  # all go to the other
         while self._poll(READ_ONLY, None):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
@@ -272,13 +271,14 @@ class Terminal(Talk):
 
     def _receive(self) -> bool:
         """Receive once and show it; whether more may come."""
-        data = self.receive()
-        if data is None:
-            return True
         self._showing = True
-        self._show(self._decoder.decode(data, final=not data))
+        # Where SIGURG comes with another signal, it would restart the write that both end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG})
+        data = self.receive()
+        self._show(self._decoder.decode(data or b"", final=data == b""))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGURG})
         self._showing = False
-        return bool(data)
+        return data != b""
 
     def _show(self, text: str) -> None:
         """The one way for text to reach the screen: above the prompt and what is typed."""

@@ -360,7 +360,7 @@ def test_a_signal_ends_it_while_the_terminal_takes_nothing(talk):
     peer.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while select.select([], [peer], [], 0.3)[1]:
-            peer.send(PATTERN)
+            peer.send(b"a line\n" * 10_000)
     user.process.terminate()
     assert user.process.wait(DEADLINE) == -signal.SIGTERM
 
