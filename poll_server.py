@@ -156,7 +156,7 @@ class Poller:
     times as long (PATIENCE).  A silent peer that speaks waits for that time at most,
     whatever the others do, and polls of everybody take a tenth of the whole.
 
-    Where few talk fast, waking up costs more than the wait: after a short one it stays awake.
+    Where few peers answer fast, waking up takes longer than they do: it stays awake (SPIN).
     """
 
     def __init__(self, always: set[int]) -> None:
