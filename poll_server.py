@@ -317,7 +317,7 @@ class PollServer(contextlib.AbstractContextManager["PollServer"]):
             if listener := self.listeners.get(fd):
                 log.debug("poll: listener %s", flag_names(flags))
                 # With few open only one: to learn that no other waits costs a short connection
-                # 1.1 times the CPU.  More if a poll takes long; all, to see a warning's end.
+                # 1.1 times the CPU.  More where a poll takes long; after a warning, all.
                 self._accept(listener, BACKLOG if self._warned else 1 + len(fd_to_socket) // 16)
             elif fd == self._wake.fileno():
                 log.debug("poll: wake-up %s", flag_names(flags))
