@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-pytest.register_assert_rewrite("helpers")
-from helpers import CLIENT, DEADLINE, STREAMS, FarEnd, Server, Terminal, wait_until
+pytest.register_assert_rewrite("faults", "peers", "processes", "terminals")
+from peers import DEADLINE, FarEnd
+from processes import CLIENT, STREAMS, Server, wait_until
+from terminals import Terminal
 
 # What the environment brings must not decide: an unbuffered standard error hides what becomes
 # of text that nobody reads, a size would be believed, an ignored signal be inherited.

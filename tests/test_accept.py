@@ -1,6 +1,18 @@
 """Listening, accepting, and what runs out: places, descriptors, patience."""
 
-from helpers import *
+import contextlib
+import re
+import resource
+import select
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import AS_TRACEABLE, failing, with_hosts
+from peers import DEADLINE, KIB, MIB, exchange, read_to_end, receive, reset
+from processes import MANY, NO_SPIN, cpu_share, frozen, is_served, limited, memory, wait_until
 
 
 def test_it_listens_on_every_address_with_the_same_port(serve):

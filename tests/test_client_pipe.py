@@ -1,6 +1,20 @@
 """The client in a pipe: every byte, little memory, and an exit status that is always true."""
 
-from helpers import *
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from faults import failing_once, with_hosts
+from peers import DEADLINE, MIB, FarEnd, pattern, read_to_end, receive, reset
+from processes import CLIENT, frozen, memory, wait_until
 
 
 def finish(client, data=None):

@@ -1,8 +1,22 @@
 """The client at a terminal: pseudo-terminals, a screen that obeys what a terminal obeys."""
 
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import termios
+import threading
+import time
 import unicodedata
 
-from helpers import *
+import pytest
+from faults import failing_once
+from peers import DEADLINE, FarEnd, read_to_end, receive, reset
+from processes import CLIENT, cpu_share, frozen, state, wait_until
+from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_SHELL, LEFT, NO_READLINE, UP
 
 DUMB, LESS = {"TERM": "dumb"}, ("-c", NO_READLINE)
 

@@ -1,8 +1,14 @@
 """The commands' options and messages; what a user gets who installs the project."""
 
+import contextlib
+import re
+import shutil
+import subprocess
 import zipfile
 
-from helpers import *
+import pytest
+from peers import DEADLINE
+from processes import CLIENT, ROOT, SERVER, is_served, limited, run, wait_until
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,17 @@
 """Every byte comes back, in order, once; and nobody waits for what another peer does."""
 
-from helpers import *
+import contextlib
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peers import DEADLINE, KIB, MIB, PATTERN, exchange, pattern, push, read_to_end, receive, reset
+from processes import NO_SPIN, ROOT, cpu_share, frozen, memory
 
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 65_536, 229_376, 229_377, 64 * MIB])

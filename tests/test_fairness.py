@@ -1,8 +1,16 @@
 """Many peers, few of them busy, and a neighbour that burns the server's core."""
 
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
+import threading
+import time
 
-from helpers import *
+import pytest
+from peers import exchange, receive
+from processes import MANY, cpu_share
 
 CORE = str(min(os.sched_getaffinity(0)))
 

@@ -1,6 +1,18 @@
 """System calls that fail, and surroundings that fail: it costs one peer its connection at most."""
 
-from helpers import *
+import contextlib
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import AS_TRACEABLE, failing
+from peers import DEADLINE, MIB, dial, exchange, pattern, push, receive
+from processes import NO_SPIN, SERVER, cpu_share, is_served, wait_until
 
 # After each call the errnos of its manual page (Linux), accept(2) with those of the
 # network that it may pass on, recv(2) and send(2) with those of a dying connection.

@@ -1,10 +1,19 @@
 """PollServer as a library: socketserver's vocabulary, threads, forks, exceptions."""
 
+import contextlib
 import gc
 import inspect
 import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
-from helpers import *
+import pytest
+from peers import DEADLINE, dial, exchange, push, read_to_end
+from processes import MANY, ROOT, wait_until
 
 import poll_client
 import poll_server

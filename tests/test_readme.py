@@ -1,8 +1,13 @@
 """What the README says and could drift from what the programs do."""
 
+import re
+import shutil
+import subprocess
 import textwrap
 
-from helpers import *
+import pytest
+from peers import MIB, push
+from processes import CLIENT, ROOT, SERVER, run
 
 README = (ROOT / "README.md").read_text()
 

@@ -1,6 +1,14 @@
 """Signals and stopping: nothing is lost that can be delivered, and exit status 0 says so."""
 
-from helpers import *
+import select
+import signal
+import socket
+import sys
+import time
+
+import pytest
+from peers import DEADLINE, MIB, exchange, pattern, push, read_to_end, unacknowledged
+from processes import NO_SPIN, cpu_share, frozen, is_served, limited, wait_until
 
 
 def with_grace(serve, seconds, *options):

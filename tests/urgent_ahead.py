@@ -8,7 +8,8 @@ import socket
 import struct
 import subprocess
 
-from helpers import *
+from peers import PATTERN
+from processes import Server, cpu_share
 
 HERE, THERE, PORT = "10.9.9.1", "10.9.9.9", 5555
 FIN, SYN, ACK, URG = 1, 2, 16, 32

@@ -1,0 +1,59 @@
+"""Surroundings that fail: system calls (strace), a name's addresses (a mount namespace)."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+def with_hosts(path, *hosts):
+    """A wrapper in which the name several.test has these addresses; skips where none can be."""
+    (path / "hosts").write_text("".join(f"{host} several.test\n" for host in hosts))
+    script = f'mount --bind {path / "hosts"} /etc/hosts && exec "$@"'
+    wrapper = ("unshare", "-rm", "sh", "-c", script, "sh")
+    if not shutil.which("unshare") or subprocess.run([*wrapper, "true"]).returncode:
+        pytest.skip("needs unshare(1) and user namespaces")
+    return wrapper
+
+
+def inject(call, error, when):
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed: no system call can be made to fail")
+    return "strace", "-f", "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"
+
+
+def failing_once(call, path):
+    """A wrapper in which the first such call fails with EAGAIN, and the file that tells of it."""
+    return (*inject(call, "EAGAIN", "1"), "-qq", "-o", str(path / "trace")), path / "trace"
+
+
+# Lets strace attach where only a parent may (the Yama module): prctl(2), PR_SET_PTRACER.
+TRACEABLE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+AS_TRACEABLE = (sys.executable, "-ISc", TRACEABLE)
+
+
+@contextlib.contextmanager
+def failing(pid, call, error, when):
+    """Let the kernel fail a process's calls, those that ``when`` counts from now on.
+
+    Gives a function that tells how many calls were made to fail so far.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        command = [*inject(call, error, when), "-p", str(pid), "-o", file.name]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+            try:
+                said = tracer.stderr.readline()
+                if "attached" not in said:
+                    pytest.skip(f"strace cannot attach to another process here: {said}")
+                yield lambda: Path(file.name).read_text().count("(INJECTED)")
+            finally:
+                tracer.terminate()
+                tracer.wait()
