@@ -15,6 +15,8 @@ from processes import CLIENT, ROOT, SERVER, is_served, limited, run, wait_until
     ("arguments", "why"),
     [
         (("--port", "65536"), "'65536' is not a port, a number from 0 to 65535"),
+        (("--port", "-1"), "'-1' is not a port, a number from 0 to 65535"),
+        (("--port", "²"), "is not a port, a number from 0 to 65535"),
         (("--port", "http"), "'http' is not a port, a number from 0 to 65535"),
         (("--max-connections", "0"), "max_connections must be a whole number, 1 or more"),
         (("--max-connections", "1.5"), "invalid int value: '1.5'"),

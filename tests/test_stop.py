@@ -1,6 +1,8 @@
 """Signals and stopping: nothing is lost that can be delivered, and exit status 0 says so."""
 
+import contextlib
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -11,25 +13,29 @@ from peers import DEADLINE, MIB, exchange, pattern, push, read_to_end, unacknowl
 from processes import NO_SPIN, cpu_share, frozen, is_served, limited, wait_until
 
 
-def with_grace(serve, seconds, *options):
+def with_grace(serve, seconds, *options, **more):
     code = f"import poll_server as p; p.PollServer.grace = {seconds}; p.sys.exit(p.main())"
-    return serve(*options, command=(sys.executable, "-c", code))
+    return serve(*options, command=(sys.executable, "-c", code), **more)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_an_idle_server_at_once(serve, number):
-    code = "import poll_server as p; p.TIMEOUT = 3_600_000; p.sys.exit(p.main())"
-    server = serve(command=(sys.executable, "-c", code))
-    with server.connect() as idle:
-        assert exchange(idle, b"hello") == b"hello"
-        server.kill(number)
-        start = time.monotonic()
-        assert idle.recv(1) == b""
-        assert time.monotonic() - start < 0.9  # 0.2 s of silence, and a look each 0.05 s
-        assert server.wait() == 0
-    assert server.matches("^stopping: 1 connections are open$")
-    assert server.matches("closed: 5 bytes in, 5 out, server stopped$")
-    assert is_served(serve("--port", str(server.port)))  # which is free at once
+    def takes():
+        server = serve()
+        with server.connect() as idle:
+            assert exchange(idle, b"hello") == b"hello"
+            server.kill(number)
+            start = time.monotonic()
+            assert idle.recv(1) == b""
+            took = time.monotonic() - start
+            assert server.wait() == 0
+        assert server.matches("^stopping: 1 connections are open$")
+        assert server.matches("closed: 5 bytes in, 5 out, server stopped$")
+        assert is_served(serve("--port", str(server.port)))  # which is free at once
+        return took
+
+    # 0.2 s of silence are in it.  What is loaded may miss the rest, but not every time.
+    assert any(takes() < 0.2 + 0.3 for _ in range(5))
 
 
 def test_slow_peers_get_all_their_megabytes_and_nobody_new_comes_in(serve):
@@ -108,27 +114,32 @@ def test_want_of_descriptors_at_the_stop_loses_nobody_in_the_backlog(serve):
     assert server.wait() == 0
 
 
-def test_who_is_in_the_middle_of_talking_may_go_on_for_a_moment(serve):
+def test_a_peer_in_the_middle_of_talking_may_go_on_for_a_moment(serve):
     def goes_on(server):
         with server.connect() as peer:
             exchange(peer, b"hello")
-            time.sleep(0.3)  # silent for longer than a stop waits
+            silent, _, _ = select.select([peer], [], [], 0.25)  # for longer than a stop waits
+            assert not silent
             server.kill()
+            server.wait_for_log("^stopping")
+            end = time.monotonic() + 0.4
             try:
-                return all(not time.sleep(0.1) and exchange(peer, b"two") for _ in range(3))
+                while time.monotonic() < end:
+                    exchange(peer, b"two")
             except (AssertionError, ConnectionError):
                 return False
+            return True
 
     # The moment is 0.2 s, which a loaded machine may miss, but not every time.
     assert any(goes_on(serve()) for _ in range(5))
 
 
-def test_after_five_seconds_the_rest_is_cut_and_counted(serve):
-    server = serve()
-    start = time.monotonic()
+def test_after_the_grace_the_rest_is_cut_and_counted(serve):
+    server = with_grace(serve, 0.6)
     with server.connect(receive_buffer=4096) as stuck, server.connect() as chatty:
         (size,) = push(stuck)
         held_back = unacknowledged(stuck)
+        start = time.monotonic()
         server.kill()
         try:
             while exchange(chatty, b"and another thing"):  # which would go on for ever
@@ -136,7 +147,7 @@ def test_after_five_seconds_the_rest_is_cut_and_counted(serve):
         except (AssertionError, ConnectionError):
             pass
         assert server.wait() == 1
-        assert 4.9 <= time.monotonic() - start < 10  # after which service managers kill
+        assert 0.5 <= time.monotonic() - start < DEADLINE / 2
         (found,) = server.matches(r"^cut [12] connections, (\d+) bytes lost$")
         came = read_to_end(stuck, reset_is_end=True)
     assert came == pattern(len(came))
@@ -144,16 +155,43 @@ def test_after_five_seconds_the_rest_is_cut_and_counted(serve):
     assert abs(int(found[1]) - lost) <= 65536  # the chatty one's, and what is on its way
 
 
-def test_a_second_signal_cuts_at_once(serve):
-    server = with_grace(serve, 3600)
+@pytest.mark.parametrize("options", [(), ("-q",)])
+def test_a_second_signal_cuts_at_once_and_says_how_much_is_lost(serve, options):
+    loud = serve()
+    assert loud.stop() == 0
+    server = with_grace(serve, 3600, *options, "--port", str(loud.port), ready=False)
+    server.port = loud.port
+    wait_until(lambda: answers(server), "the server to answer")
     with server.connect(receive_buffer=4096) as stuck:
         push(stuck)
         server.kill(signal.SIGINT)
-        server.wait_for_log("stopping")
+        wait_until(lambda: not answers(server), "the drain to begin")
         assert server.stop(signal.SIGINT) == 1
-        assert server.matches(r"^cut 1 connections, \d+ bytes lost$")
-        received, sent = server.matches(r"closed: (\d+) bytes in, (\d+) out, cut$")[0].groups()
-        assert int(received) > int(sent)
+        assert int(server.matches(r"cut 1 connections, (\d+) bytes")[0][1])
+        if not options:
+            found = server.matches(r"closed: (\d+) bytes in, (\d+) out, cut$")[0]
+            assert int(found[1]) > int(found[2])
+
+
+def answers(server):
+    with contextlib.suppress(ConnectionError):
+        return is_served(server)
+    return False
+
+
+def test_two_signals_in_one_turn_lose_nothing_in_silence(serve):
+    server = serve()
+    with frozen(server.pid):
+        peers = server.crowd(3)
+        size = sum(push(*peers, most=4 * MIB))
+        server.kill(signal.SIGINT)
+        server.kill(signal.SIGTERM)
+    came = sum(len(read_to_end(peer, reset_is_end=True)) for peer in peers)
+    if server.wait() == 0:
+        assert came == size
+    else:
+        lost = sum(int(found[1]) for found in server.matches(r"(\d+) bytes lost"))
+        assert came < size and lost
 
 
 def test_signals_that_come_late_or_in_a_hail_change_nothing(serve):
@@ -175,8 +213,10 @@ def test_a_sigint_that_was_ignored_at_the_start_stays_ignored(serve):
 
 
 def test_ctrl_c_while_it_resolves_leaves_no_traceback(serve):
-    code = "import signal, socket, poll_server;"
-    code += "socket.getaddrinfo = lambda *_: signal.raise_signal(signal.SIGINT);"
-    server = serve(command=(sys.executable, "-c", code + "poll_server.main()"), ready=False)
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed: no signal can be sent at that moment")
+    inject = ("-P", "/etc/hosts", "-e", "inject=open,openat:signal=SIGINT", "-o", "/dev/null")
+    wrapper = ("strace", "-f", "-qq", *inject)
+    server = serve("--host", "name.invalid", wrapper=wrapper, ready=False)
     assert server.wait() == -signal.SIGINT
     assert server.log == []
