@@ -4,7 +4,15 @@ import signal
 import subprocess
 import sys
 
-import pytest
+try:
+    import pyte  # noqa: F401
+    import pytest
+    import pytest_randomly  # noqa: F401
+    import pytest_timeout  # noqa: F401
+    import xdist  # noqa: F401
+except ImportError as error:  # also what pyproject.toml sets needs them, so it ends here
+    how = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest -q"
+    sys.exit(f"{error.name} is missing; the tests need their environment: {how}")
 
 pytest.register_assert_rewrite("faults", "peers", "processes", "terminals")
 from peers import DEADLINE, FarEnd

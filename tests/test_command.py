@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import subprocess
+import tarfile
 import zipfile
 
 import pytest
@@ -82,25 +83,34 @@ def test_a_quiet_server_says_nothing_while_all_is_well_and_warns(serve, places):
 
 
 def test_what_is_installed_works_and_has_no_more_than_two_modules(serve, tmp_path):
-    source, dist, venv = tmp_path / "source", tmp_path / "dist", tmp_path / "venv"
+    pytest.importorskip("hatchling", reason="needs hatchling, the build backend")
+    source, dist, place = tmp_path / "source", tmp_path / "dist", tmp_path / "place"
     ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignore)
-    commands = (
-        ("build", "--no-isolation", "--sdist", "--outdir", str(dist), str(source)),
-        ("pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(dist)),
-    )
-    for command in commands:
-        sdist = [str(path) for path in dist.glob("*.tar.gz")]
-        done = run("-m", *command, *sdist)
-        assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = dist.glob("*.whl")
+    done = run("-m", "build", "--no-isolation", "--outdir", dist, source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    needed = [*source.glob("*.py"), *source.glob("tests/*"), source / "README.md"]
+    assert packed >= {str(path.relative_to(source)) for path in needed} | {"pyproject.toml"}
     modules = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
     assert sorted(modules) == ["poll_client.py", "poll_server.py"]
-    assert run("-m", "venv", venv).returncode == 0
-    install = [venv / "bin" / "python", "-m", "pip", "install", "-q", "--no-index", wheel]
-    subprocess.run(install, check=True, timeout=3 * DEADLINE)
-    server = serve(command=(str(venv / "bin" / "poll-server"),))
-    client = [venv / "bin" / "poll-client", "--port", str(server.port)]
+    install = ("pip", "install", "-q", "--no-index", "--no-deps", "--target", place, wheel)
+    done = run("-m", *install)
+    assert done.returncode == 0, done.stdout + done.stderr
+    there = ("env", f"PYTHONPATH={place}")
+    server = serve(command=(*there, str(place / "bin" / "poll-server")))
+    client = [*there, place / "bin" / "poll-client", "--port", str(server.port)]
     talk = subprocess.run(client, input=b"hello\n", stdout=subprocess.PIPE, timeout=DEADLINE)
     assert (talk.returncode, talk.stdout) == (0, b"hello\n")
     assert server.stop() == 0
+
+
+def test_without_their_environment_the_tests_say_in_one_line_how_to_get_it():
+    code = "import os, sys; os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1';"
+    code += "sys.modules.update(dict.fromkeys(['pyte', 'pytest_timeout', 'xdist']));"
+    done = run("-c", code + "import pytest; sys.exit(pytest.main())")
+    assert done.returncode == 1
+    assert re.fullmatch(r"[^\n]*python3 -m venv [^\n]*pip install [^\n]*\n", done.stderr)
+    assert done.stdout == ""
