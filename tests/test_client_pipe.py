@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from faults import failing_once, with_hosts
 from peers import DEADLINE, MIB, FarEnd, pattern, read_to_end, receive, reset
-from processes import CLIENT, frozen, memory, wait_until
+from processes import CLIENT, NO_SPIN, cpu_share, frozen, memory, wait_until
+from terminals import CTRL_D
 
 
 def finish(client, data=None):
@@ -85,6 +86,30 @@ def test_a_server_that_takes_nothing_and_then_all_before_it_answers_costs_no_mem
         peer.close()
         assert finish(client) == (0, None, "")
     assert (tmp_path / "copy").read_bytes() == pattern(size)
+
+
+def test_it_receives_while_the_server_takes_nothing(start, far_end, tmp_path):
+    size = 32 * MIB  # more than the kernel holds both ways
+    far_end.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    (tmp_path / "file").write_bytes(pattern(size))
+    with (tmp_path / "file").open("rb") as source, (tmp_path / "copy").open("wb") as sink:
+        client, peer = start(far_end.port, stdin=source, stdout=sink), far_end.accept()
+        peer.sendall(pattern(size))  # it has read nothing yet
+        peer.shutdown(socket.SHUT_WR)
+        wait_until(lambda: (tmp_path / "copy").stat().st_size == size, "all that was sent")
+        peer.close()
+        assert client.wait(DEADLINE) == 1  # most of the input has not been sent
+    assert (tmp_path / "copy").read_bytes() == pattern(size)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["no input", "end of input"])
+def test_it_costs_no_processor_time_while_nothing_comes(begin, ended):
+    client, peer = begin(b"hello")
+    if ended:
+        end_input(client)
+        assert peer.recv(1) == b""
+    wait_until(lambda: cpu_share(client.pid, 0.05) < NO_SPIN, "the client to sleep", 5)
+    assert client.poll() is None
 
 
 @pytest.mark.parametrize("call", ["sendto", "recvfrom"])
@@ -171,6 +196,17 @@ def test_a_reset_while_it_sends_loses_none_of_what_came_before(start, far_end):
     assert re.fullmatch(f"poll_client: {verdict}\n", messages)
 
 
+def test_a_reset_before_it_half_closes_is_one_line_and_no_success(begin):
+    client, peer = begin(b"hello world")
+    with frozen(client.pid):
+        end_input(client)
+        reset(peer)
+    status, output, messages = finish(client)
+    assert (status, output) == (1, b"")
+    verdict = r"connection lost: Connection reset by peer.*; 0 of 11 bytes came back"
+    assert re.fullmatch(f"poll_client: {verdict}\n", messages), messages
+
+
 @pytest.mark.parametrize("read", [True, False], ids=["", "nobody reads the messages"])
 def test_a_server_that_closes_before_the_end_of_the_input_is_no_success(begin, read):
     client, peer = begin(b"hello", *([] if read else ["-v"]))
@@ -227,10 +263,38 @@ def test_it_ends_quietly_like_cat_when_nobody_reads_its_output(start, server):
     ("closed", "output"), [("<&-", b""), (">&-", b""), ("2>&-", b"hello\n"), ("<&- >&- 2>&-", b"")]
 )
 def test_a_standard_descriptor_that_is_closed_at_the_start_is_like_the_null_device(
-    start, server, closed, output
+    start, server, closed, output, request
 ):
+    # libffi 3.8 opens a file of its own when ctypes is imported, and it takes the free number.
+    look = "import ctypes, os; os.fstat(0)"
+    taken = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- 2>/dev/null', "sh", sys.executable, "-c", look]
+    )
+    if taken.returncode == 0 and closed in ("<&-", ">&-"):
+        reason = "left to the redesign: libffi takes a closed descriptor before the null device"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     client = start(server.port, wrapper=("sh", "-c", f'exec "$@" {closed}', "sh"))
     assert finish(client, b"hello\n") == (0, output, "")
+
+
+NO_STANDARD_ERROR = ("sh", "-c", 'exec "$@" 2>&-', "sh")
+
+
+def test_no_message_goes_to_the_server_where_standard_error_is_closed(begin):
+    client, peer = begin(b"hello", "-v", wrapper=NO_STANDARD_ERROR)
+    peer.shutdown(socket.SHUT_WR)  # it still reads
+    assert read_to_end(peer) == b""
+    assert client.wait(DEADLINE) == 1
+
+
+def test_no_message_of_a_talk_goes_to_the_server_where_standard_error_is_closed(talk):
+    user, peer = talk("-v", wrapper=NO_STANDARD_ERROR)
+    user.type("hello\r")
+    assert receive(peer, 6) == b"hello\n"
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b""
+    peer.close()
+    user.ends(0)
 
 
 def test_an_input_that_cannot_be_read_and_an_output_that_cannot_be_written_are_one_line(
@@ -297,6 +361,42 @@ def test_a_connection_that_cannot_be_made_is_one_line_that_names_the_address(sta
     assert re.fullmatch(f"poll_client: cannot connect to {shown}\n", messages), messages
 
 
+NARROW = {
+    "C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "ascii": {"PYTHONIOENCODING": "ascii:strict"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1:strict"},
+}
+NOT_ASCII = ["b\u00fccher", "\u20ac", b"b\xfccher", b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("environment", [{}, *NARROW.values()], ids=["UTF-8", *NARROW])
+def test_an_argument_in_any_bytes_and_any_locale_is_one_line_and_no_traceback(start, environment):
+    env = os.environ | {"LC_ALL": "C.UTF-8"} | environment
+    long = b"a" * 70  # so it is no host name, and no name server is asked
+    for word in map(os.fsencode, NOT_ASCII):
+        host = start(1, "--host", word + long, env=env)
+        port = start(1, "--port", word, env=env)
+        status, output, messages = finish(host)
+        assert (status, output) == (1, b"")
+        assert re.fullmatch("poll_client: cannot connect to .*aaa:1: not a host name\n", messages)
+        status, output, messages = finish(port)
+        assert (status, output) == (2, b"")
+        assert messages.startswith("usage: poll_client ") and "argument --port: " in messages
+
+
+@pytest.mark.parametrize("environment", NARROW.values(), ids=NARROW)
+def test_a_talk_in_a_narrow_locale_shows_and_sends_text_without_a_traceback(talk, environment):
+    user, peer = talk(env=environment)
+    peer.sendall("price: \u20ac\n".encode())
+    wait_until(lambda: re.search(r"price: \S+", "\n".join(user.look())), "the price")
+    user.type("b\u00fccher\r")
+    assert receive(peer, 8) == "b\u00fccher\n".encode()
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b""
+    peer.close()
+    user.ends(0)
+
+
 def test_all_addresses_of_a_name_are_tried(start, far_end, tmp_path):
     wrapper = with_hosts(tmp_path, "::1", "127.0.0.1")
     client = start(far_end.port, "--host", "several.test", wrapper=wrapper)
@@ -309,6 +409,12 @@ def test_a_server_that_does_not_accept_in_time_is_one_line_that_names_the_addres
         end.refuse_silently()
         message = f"poll_client: cannot connect to 127.0.0.1:{end.port}: timed out\n"
         assert finish(start(end.port, "--timeout", "0.5"), b"hello") == (1, b"", message)
+
+
+def test_the_highest_port_is_a_port(start):
+    status, output, messages = finish(start(65535, "--host", "127.83.1.7"), b"hello")
+    assert (status, output) == (1, b"")
+    assert messages == "poll_client: cannot connect to 127.83.1.7:65535: Connection refused\n"
 
 
 def test_a_bad_argument_is_a_usage_error_that_says_what_is_right(start):
