@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from peers import DEADLINE, KIB, MIB, PATTERN, exchange, pattern, push, read_to_end, receive, reset
-from processes import NO_SPIN, ROOT, cpu_share, frozen, memory
+from processes import NO_SPIN, ROOT, frozen, memory, rests
 
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 65_536, 229_376, 229_377, 64 * MIB])
@@ -27,9 +27,19 @@ def test_a_half_close_before_reading_loses_nothing(server, size, far):
         (taken,) = push(peer, most=size)
         peer.shutdown(socket.SHUT_WR)
         if size > 1:  # its end of file is read while bytes wait, or stays unread: no spin
-            assert cpu_share(server.pid, 0.2) < NO_SPIN
+            rests(server.pid)
         assert read_to_end(peer) == pattern(taken)
     server.wait_for_log(f" closed: {taken} bytes in, {taken} out, end of file")
+
+
+def test_bytes_of_which_the_kernel_takes_a_part_again_and_again_lose_nothing(server):
+    """What is read at once is more than the kernel has room for, also when some has left."""
+    with server.connect(receive_buffer=4096) as peer:
+        with frozen(server.pid):
+            (size,) = push(peer, quiet=0.1)
+        assert size > 100_000
+        rests(server.pid)
+        assert receive(peer, size) == pattern(size)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +60,7 @@ def test_urgent_bytes_are_echoed_at_their_place(server, pieces):
         assert singly.recv(100) == piece.encode()
     for peer in (piled, unaccepted):
         assert receive(peer, len(whole)) == whole
-    assert cpu_share(server.pid, 0.2) < NO_SPIN
+    rests(server.pid)
     for peer in (piled, singly, unaccepted):
         assert exchange(peer, b"still there?") == b"still there?"
 
@@ -107,6 +117,10 @@ def test_the_trace_shows_events_bytes_and_masks_and_nothing_raw(serve):
     server.wait_for_log("^poll: listener POLLIN$")
     server.wait_for_log(f"^poll: {name} POLLIN$", len(hostile))
     server.wait_for_log(f"^{name} received 0 bytes: b''$")
+    (closed,) = server.matches(r"closed: (\d+) bytes in, (\d+) out")
+    for way, total in (("received", closed[1]), ("sent", closed[2])):  # also where it was a part
+        parts = [int(found[1]) for found in server.matches(rf"{way} (\d+) bytes")]
+        assert sum(parts) == int(total)
     for data in hostile[:-1]:
         for way in ("received", "sent"):
             server.wait_for_log(f"^{name} {way} {len(data)} bytes: " + re.escape(repr(data)) + "$")

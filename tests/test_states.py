@@ -1,7 +1,8 @@
 """Every answer that the kernel can give, run through ``Connection``; and ``Poller`` by the clock.
 
 Scripts answer instead of sockets and clocks, so no sequence depends on buffers or the machine,
-and none is left out.  ``pytest -s -n 0 tests/test_states.py`` prints how many there were.
+and none is left out.  ``pytest -s -n 0 tests/test_states.py`` prints how many there were.  This
+is the one file of the tests that knows names of the classes' inside.
 """
 
 import copy
@@ -15,7 +16,6 @@ from poll_server import READ_ONLY, READ_WRITE, WRITE_ONLY, Connection, Poller
 
 IN, OUT, ERR = select.POLLIN, select.POLLOUT, select.POLLERR
 ROOM, CHUNK, CHUNKS = 4, 2, 3  # bytes per receive, and while others wait; chunks per queue
-EVENTS = 5  # enough to fill the queue and go on from there; with 6, 965,362 sequences and 20 s
 
 
 def scripts():
@@ -90,18 +90,15 @@ def check(connection):
     return mask
 
 
-def explore(before, events, count):
-    """Let one event happen in every possible way, and then the rest."""
+def steps(before, count):
+    """Let one event happen in every possible way; gives each connection that comes out."""
     mask = check(before)
-    if not mask or not events:
-        count["sequences"] += 1
-        count["came to an end"] += not mask
-        return
     # POLLERR may come alone.  What is read next is the kernel's choice.
     for flags in [flags for flags in (IN, OUT, IN | OUT) if flags & mask == flags] + [ERR]:
         for choose in scripts():
             after = fork(before)
             after.sock.choose = choose
+            count["events"] += 1
             try:
                 changed = after.handle(flags, memoryview(bytearray(ROOM)))
             except BlockingIOError:  # a false alarm: as if nothing had happened
@@ -109,27 +106,38 @@ def explore(before, events, count):
                 assert (check(after), after.sock.came) == (mask, before.sock.came)
                 continue
             except OSError:
-                count["failed"] += 1
+                count["failures"] += 1
                 check(after)
                 continue
             assert check(after) == mask or changed, "a new mask that nobody hears of"
-            explore(after, events - 1, count)
+            yield after
 
 
 def test_every_sequence_of_the_kernels_answers(monkeypatch):
+    """Two connections with as many chunks of the same sizes have the same future.
+
+    So each such state is looked at once, and all sequences are covered, however long.
+    """
     monkeypatch.setattr(poll_server, "CHUNK_SIZE", CHUNK)
     monkeypatch.setattr(poll_server, "QUEUE_CHUNKS", CHUNKS)
-    count = Counter()
-    explore(Connection(Kernel(), "peer"), EVENTS, count)
-    print(f"\n{EVENTS} events in a row:", ", ".join(f"{n} {what}" for what, n in count.items()))
-    assert min(count.values()) > 1000
+    count, seen, todo = Counter(), set(), [Connection(Kernel(), "peer")]
+    while todo:
+        connection = todo.pop()
+        chunks = tuple(map(len, getattr(connection.waiting, "queue", ())))
+        if (chunks, connection.finished) not in seen:
+            seen.add((chunks, connection.finished))
+            count["states"] += 1
+            if connection.interest():
+                todo += steps(connection, count)
+    print("\n" + ", ".join(f"{number} {what}" for what, number in count.items()))
+    assert count["states"] > 20 and min(count.values()) > 10
 
 
 LISTENER, A, B, SILENT = 3, 4, 5, range(6, 12)
 PATIENCE = 0.001  # seconds per descriptor: 9 are registered, so that 9 ms are the law
 COST = 0.0001  # seconds of a poll for each descriptor in it
 WORK = 0.008  # seconds to serve one event
-TURNS = 5
+TURNS = 4
 
 
 class World:
@@ -192,11 +200,9 @@ def run_turns(poller, world, turns):
             registered[B] = READ_ONLY
             poller.register(B, READ_ONLY)
         events = poller.poll(5)
-        everybody, few = poller._everybody, poller._few
+        everybody, few = world.polls[0], world.polls[-1]
         assert everybody.masks == registered
         assert few.masks.items() <= registered.items(), "not the same mask in both"
-        assert LISTENER in few.masks
-        assert world.now <= poller._due, "events of the busy alone, though all are due"
         for fd, _ in events:
             assert fd in registered
             longest = max(longest, (world.now - world.ready.pop(fd)) % 1)  # but standstills
@@ -220,4 +226,4 @@ def test_nobody_waits_longer_than_the_law_and_masks_are_the_same(monkeypatch):
     count = len(things) ** TURNS
     print(f"\n{count} sequences of {TURNS} turns: nobody waited over {longest:.4f} s")
     assert longest <= 9 * PATIENCE + 18 * COST + 2 * WORK
-    assert apart > 1000
+    assert apart > count / 10
