@@ -388,8 +388,11 @@ def test_input_from_a_pipe_is_copied_and_the_terminal_gets_the_copy_alone(termin
 
 def connects(pid):
     """Whether the process waits, and has a socket."""
-    files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
-    return state(pid) == "S" and any(file.startswith("socket:") for file in files)
+    sockets = []
+    with contextlib.suppress(FileNotFoundError):  # a file that it closes meanwhile
+        links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+        sockets = [link for link in links if link.startswith("socket:")]
+    return state(pid) == "S" and bool(sockets)
 
 
 ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7)
