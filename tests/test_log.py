@@ -40,6 +40,8 @@ class Service:
         self.address = self.holder.getsockname()
         words = [*wrapper, *command, "--host", "127.0.0.1", "--reuse-port", *options]
         words += ["--port", str(self.address[1])]
+        if more.pop("other_user", False):  # then the port cannot be shared: socket(7)
+            self.holder.close()
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr}
         self.process = subprocess.Popen(words, cwd=ROOT, **(streams | more))
         self.pid = self.process.pid
@@ -51,7 +53,8 @@ class Service:
             self.bystander = dial(self.address)
             self.visits += 1
             return True
-        return self.process.poll() is not None
+        assert self.process.poll() is None, "the server has ended"
+        return False
 
     def visit(self, count):
         """Peers that come and go, each of which is two lines; the one that stays is served too."""
@@ -242,8 +245,9 @@ def test_a_log_whose_other_end_has_gone_changes_nothing(logging_to, opened, kind
 # It becomes another user when all is imported: that user may not be able to read the files.
 # prctl(2), PR_SET_DUMPABLE: /proc/self is then that user's, as after an exec.
 AS_NOBODY = """
-import ctypes, encodings.idna, os, sys
+import argparse, ctypes, encodings.idna, os, sys
 import poll_server
+argparse.ArgumentParser().parse_args([])
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -260,7 +264,7 @@ def test_another_users_terminal_that_is_not_read_does_not_stop_the_service(loggi
         pytest.skip("setsid is not installed")
     ours, theirs, _ = unread_terminal(opened)
     command = ("setsid", "--ctty", sys.executable, "-c", AS_NOBODY)
-    service = logging_to(theirs, command=command, stdin=theirs)
+    service = logging_to(theirs, command=command, stdin=theirs, other_user=True)
     service.visit(VISITS)
     assert is_blocking(theirs)
     reader = Reader(ours)
