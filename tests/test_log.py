@@ -158,7 +158,7 @@ def terminal_in_ctrl_s(opened):
 def full_pipe(opened):
     ours, theirs = os.pipe()
     opened += ours, theirs
-    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 16384)  # four pages: one alone is full at once
     return ours, theirs, None
 
 
