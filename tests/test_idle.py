@@ -67,7 +67,7 @@ class Talkers(threading.Thread):
 
 
 def test_a_standstill_makes_no_talking_peer_idle(serve):
-    servers = [serve("--idle-timeout", timeout) for timeout in ("2", "2", "1", "0.5")]
+    servers = [serve("--idle-timeout", timeout) for timeout in ("2", "2", "2", "2", "1", "0.5")]
     groups = [Talkers(server.crowd(20)) for server in servers]
     for group in groups:
         group.all_go_on()
@@ -82,7 +82,7 @@ def test_a_standstill_makes_no_talking_peer_idle(serve):
     for group in groups:
         group.all_go_on()
         group.end()
-    assert [len(group.lost) for group in groups] == [0] * 4
+    assert [len(group.lost) for group in groups] == [0] * 6
     for server in servers:
         assert not server.matches("idle"), "\n".join(server.log)
 

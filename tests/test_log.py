@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from peers import DEADLINE, MIB, dial, exchange, pattern, read_to_end
+from peers import DEADLINE, KIB, MIB, dial, exchange, pattern, read_to_end
 from processes import NO_SPIN, ROOT, SERVER, cpu_share, wait_until
 
 NAME = r"127\.0\.0\.1:\d+"
@@ -122,6 +122,14 @@ class Reader(threading.Thread):
         return self.data.decode().replace("\r\n", "\n")
 
 
+def last_lines(service, reader):
+    """Some visits when all has been read, so that the log has room for what they say."""
+    for _ in range(3):
+        wait_until(lambda: not select.select([reader.fd], [], [], 0)[0], "all to be read")
+        service.visit(1)
+    wait_until(lambda: not select.select([reader.fd], [], [], 0)[0], "all to be read")
+
+
 def all_is_accounted_for(text, visits):
     """Each line is whole and comes once, and none is missing in the sum."""
     assert text.endswith("\n"), text[-200:]
@@ -164,7 +172,7 @@ def full_pipe(opened):
 
 def full_socket(opened):
     one, two = socket.socketpair()
-    two.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    two.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
     ours, theirs = one.detach(), two.detach()
     opened += ours, theirs
     return ours, theirs, None
@@ -192,7 +200,7 @@ def test_a_log_that_is_not_read_leaves_lines_out_and_counts_them(logging_to, ope
         os.write(ours, keys[1])
     reader = Reader(ours)
     wait_until(lambda: service.visit(1) or "left out)" in reader.text, "the note")
-    service.visit(3)
+    last_lines(service, reader)
     assert is_blocking(theirs)
     assert service.stop() == 0
     os.close(theirs)
@@ -215,8 +223,7 @@ def test_a_log_that_is_read_now_and_then_has_no_line_in_two_parts(logging_to, op
         if select.select([ours], [], [], 0)[0]:
             came += os.read(ours, size)
     reader = Reader(ours, came)
-    wait_until(lambda: not select.select([ours], [], [], 0)[0], "all to be read")
-    service.visit(5)
+    last_lines(service, reader)
     assert service.stop() == 0
     os.close(theirs)
     reader.join(DEADLINE)
@@ -269,7 +276,7 @@ def test_another_users_terminal_that_is_not_read_does_not_stop_the_service(loggi
     assert is_blocking(theirs)
     reader = Reader(ours)
     wait_until(lambda: service.visit(1) or "left out)" in reader.text, "the note")
-    service.visit(3)
+    last_lines(service, reader)
     assert service.stop() == 0
     os.close(theirs)
     reader.join(DEADLINE)
