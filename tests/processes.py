@@ -49,6 +49,14 @@ def cpu_share(pid, seconds=0.5):
     return (time.clock_gettime(clock) - used) / (time.monotonic() - start)
 
 
+def rests(pid):
+    """Wait until the process takes next to nothing of a core for a tenth of a second.
+
+    A loop that spins never does; what is left of the work before it is waited for.
+    """
+    wait_until(lambda: cpu_share(pid, 0.1) < NO_SPIN, "the process to rest")
+
+
 @contextlib.contextmanager
 def frozen(pid):
     """Meanwhile the process stands still, and what is done to it piles up in the kernel."""

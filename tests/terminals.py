@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import termios
 
 import pyte
-from processes import CLIENT, STREAMS, wait_until
+import pytest
+from processes import CLIENT, ROOT, STREAMS, cpu_share, wait_until
 
 UP, LEFT, CTRL_C, CTRL_D, CTRL_Z, ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1a", "\r"
 NO_READLINE = f"""
@@ -19,6 +21,20 @@ import runpy, sys
 sys.modules["readline"] = None
 runpy.run_path({str(CLIENT)!r}, run_name="__main__")
 """
+
+# The command that an installer makes of the project's entry point.
+INSTALLED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import poll_client
+sys.exit(poll_client.main())
+"""
+
+
+def prompt(typed="", after=""):
+    """The rows of the prompt with what is typed; ``after`` a line that the server has not ended."""
+    row = f"<<< {typed}".rstrip()
+    return (after, row) if after else (row,)
 
 
 # A shell that runs one job.  SIGCONT is "fg", SIGTERM "kill %1"; it ends as the job does.
@@ -52,6 +68,8 @@ class Terminal:
     """A pseudo-terminal in which the client runs, the person who sits there, and the screen."""
 
     def __init__(self, port, *arguments, host="127.0.0.1", size=(80, 24), **options):
+        if not shutil.which("setsid"):
+            pytest.skip("setsid is not installed: no terminal can be given to the client")
         program = options.pop("program", [str(CLIENT)])
         words = ["setsid", "--ctty", *options.pop("wrapper", ()), sys.executable, *program]
         self.screen = pyte.HistoryScreen(*size, history=10_000, ratio=1)  # columns and lines
@@ -92,6 +110,18 @@ class Terminal:
             wait_until(lambda: self.rows() == [*rows], "the screen to look right")
         assert self.rows() == [*rows]
 
+    def skip(self):
+        """Take what is to be shown off the terminal, unseen: an empty screen is quicker."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.person, 1 << 16):
+                pass
+        self.screen.reset()
+
+    def rests(self):
+        """Wait until the client takes no processor time at all."""
+        client = os.tcgetpgrp(self.person)
+        wait_until(lambda: cpu_share(client, 0.05) == 0, "the client to rest")
+
     def stops(self):
         """Wait until the shell has the terminal again, as it was."""
         shell = self.process.pid
@@ -111,6 +141,9 @@ class Terminal:
         assert self.look() and self.screen.cursor.x == 0
 
     def close(self):
+        with contextlib.suppress(OSError):  # the terminal has gone
+            if (job := os.tcgetpgrp(self.person)) > 1:  # the client may be the shell's child
+                os.killpg(job, signal.SIGKILL)
         with self.process:
             self.process.kill()
         os.close(self.person)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from faults import AS_TRACEABLE, failing, with_hosts
-from peers import DEADLINE, KIB, MIB, exchange, read_to_end, receive, reset
-from processes import MANY, NO_SPIN, cpu_share, frozen, is_served, limited, memory, wait_until
+from peers import DEADLINE, KIB, MIB, exchange, pattern, push, read_to_end, receive, reset
+from processes import MANY, frozen, is_served, limited, memory, rests, wait_until
 
 
 def test_it_listens_on_every_address_with_the_same_port(serve):
@@ -68,13 +68,16 @@ def test_several_processes_share_a_port(serve):
 
 
 def test_a_flood_of_connects_is_taken_and_does_not_hold_up_who_is_connected(server):
+    """The one that is connected has megabytes to be read, which takes many turns."""
     count = min(1000, MANY, int(Path("/proc/sys/net/core/somaxconn").read_text()))
-    peer = server.connect()
-    exchange(peer, b"hello")
+    peer = server.connect(receive_buffer=8 * MIB)
+    exchange(peer, pattern(8 * MIB))  # the windows are wide now
     with frozen(server.pid):
         crowd = server.crowd(count, b"hello")
+        (size,) = push(peer, quiet=0.1)
         peer.shutdown(socket.SHUT_WR)
-    assert read_to_end(peer) == b""
+    assert size > MIB
+    assert read_to_end(peer) == pattern(size)
     assert [receive(other, 5) for other in crowd] == [b"hello"] * count
     done = next(number for number, line in enumerate(server.log) if " closed: " in line)
     assert len([line for line in server.log[:done] if line.endswith("opened")]) <= count // 4
@@ -138,7 +141,7 @@ def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve):
 
     server.wait_for_log("^not accepting: accept: Too many open files; who connects waits in the")
     wait_until(lambda: not admit() and server.descriptors() == 64, "all places to be taken")
-    assert cpu_share(server.pid, 1.1) < NO_SPIN  # the next housekeeping is in it
+    rests(server.pid)
     assert exchange(served[0], b"still there?") == b"still there?"
     # One leaves, one comes in, at once; left to housekeeping that took 15 seconds.
     start = time.monotonic()
@@ -168,7 +171,7 @@ def test_no_room_for_peers_on_two_listeners_at_once_loses_nobody(serve, short_of
         for peer in peers[30:]:
             peer.sendall(b"hello")
     server.wait_for_log("^not accepting")
-    assert cpu_share(server.pid, 0.3) < NO_SPIN
+    rests(server.pid)
     while peers:  # those served leave, the next come in
         served = select.select(peers, [], [], DEADLINE)[0]
         assert served, "\n".join(server.log)
@@ -186,7 +189,7 @@ def test_a_limit_leaves_the_rest_in_the_backlog_until_there_is_room(serve):
     third = server.connect()
     third.sendall(b"3")
     server.wait_for_log("^not accepting: 2 connections, the most; who connects waits in the back")
-    assert cpu_share(server.pid, 0.3) < NO_SPIN
+    rests(server.pid)
     assert exchange(second, b"still 2") == b"still 2"
     assert len(server.matches("opened")) == 2
     first.close()
@@ -194,22 +197,42 @@ def test_a_limit_leaves_the_rest_in_the_backlog_until_there_is_room(serve):
     for peer in second, third:
         peer.close()
     wait_until(lambda: len(server.matches(" closed: ")) == 3, "all to be closed")
-    time.sleep(1.1)  # a second without anybody waiting
-    server.crowd(3)
-    server.wait_for_log("^not accepting", 2)
+
+    def is_said_again():
+        """Fill it again, and leave it."""
+        crowd = server.crowd(3, b"hello")
+        assert receive(crowd[0], 5) == b"hello"
+        for peer in crowd:
+            peer.close()
+        return len(server.matches("^not accepting")) > 1
+
+    wait_until(is_said_again, "the next time that it has no place to be said")
 
 
 def test_idle_peers_are_closed_and_do_not_keep_a_talking_one_out(serve):
-    server = serve("--max-connections", "20", "--idle-timeout", "1")
-    talking = server.connect()
-    start, silent = time.monotonic(), server.crowd(40, b"hello")
-    for expected in (b"hello", b""):  # the second half is served when the first has been closed
-        for peer in silent:
-            while not select.select([peer], [], [], 0.1)[0]:
-                assert exchange(talking, b"x") == b"x"
-            assert peer.recv(5) == expected
-        assert 0.9 < time.monotonic() - start < DEADLINE
-    server.wait_for_log("closed: 5 bytes in, 5 out, idle for 1 s$", 40)
+    """Each is silent for the timeout before it is closed, and for a tick or two more at most."""
+    server = serve("--max-connections", "11", "--idle-timeout", "1")
+    talking, spoke, start = server.connect(), {}, time.monotonic()
+    for number in range(10):  # they speak at all times of a tick
+        while time.monotonic() < start + number / 10:
+            assert exchange(talking, b"x") == b"x"
+        (peer,), now = server.crowd(1), time.monotonic()
+        assert exchange(peer, b"hello") == b"hello"
+        spoke[peer] = now
+    waiting = server.crowd(10, b"hello")
+    silences = []
+    while spoke:
+        assert exchange(talking, b"x") == b"x"
+        for peer in select.select(spoke, [], [], 0.02)[0]:
+            assert peer.recv(5) == b""
+            silences.append(time.monotonic() - spoke.pop(peer))
+    print(f"\nclosed after {min(silences):.2f} to {max(silences):.2f} s of silence")
+    assert min(silences) >= 1
+    assert sorted(silences)[len(silences) // 2] < 3.5
+    for peer in waiting:  # these are served when the first have been closed
+        assert exchange(talking, b"x") == b"x"
+        assert receive(peer, 5) == b"hello"
+    server.wait_for_log("closed: 5 bytes in, 5 out, idle for 1 s$", 10)
 
 
 def test_the_soft_limit_of_descriptors_is_raised_if_the_system_lets(serve):
@@ -225,7 +248,7 @@ def test_the_soft_limit_of_descriptors_is_raised_if_the_system_lets(serve):
 
 
 def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
-    servers = {name: serve(wrapper=AS_TRACEABLE) for name in ("ECONNABORTED", "ENFILE", "EPERM")}
+    servers = {name: serve(wrapper=AS_TRACEABLE) for name in ("ENFILE", "EPERM")}
     with contextlib.ExitStack() as stack:
         counts, waiting = [], []
         for name, server in servers.items():
@@ -236,9 +259,10 @@ def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
             server.wait_for_log("^not accepting: accept: ")
             assert exchange(served, b"still there?") == b"still there?"
         start, before = time.monotonic(), [count() for count in counts]
-        wait_until(lambda: counts[-1]() >= before[-1] + 4, "housekeeping to try again")
+        wait_until(lambda: counts[-1]() >= before[-1] + 2, "housekeeping to try again")
         turns = time.monotonic() - start
-        assert max(cpu_share(server.pid, 0.2) for server in servers.values()) < NO_SPIN
+        for server in servers.values():
+            rests(server.pid)
         assert max(count() - was for count, was in zip(counts, before)) <= 2 * (turns + 2)
         server.peers[0].close()
         assert server.stop() == 1  # a backlog that nobody could look into
@@ -246,3 +270,14 @@ def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
     for server, peer in zip(servers.values(), waiting):
         assert receive(peer, 5) == b"hello"
         assert len(server.matches("not accepting")) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="left to the redesign: two in a row pause it")
+def test_connections_that_break_while_they_wait_hold_up_no_others(serve):
+    """accept(2), ECONNABORTED; there is no warning, as there is nothing to be done."""
+    server = serve(wrapper=AS_TRACEABLE)
+    with failing(server.pid, "accept4", "ECONNABORTED", "1..3") as failed:
+        for peer in server.crowd(5, b"hello"):
+            assert receive(peer, 5) == b"hello"
+        assert failed() == 3
+    assert not server.matches("not accepting")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from peers import DEADLINE, KIB, MIB, PATTERN, exchange, pattern, push, read_to_end, receive, reset
-from processes import NO_SPIN, ROOT, cpu_share, frozen, memory
+from processes import NO_SPIN, ROOT, frozen, memory, rests
 
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 65_536, 229_376, 229_377, 64 * MIB])
@@ -27,9 +27,24 @@ def test_a_half_close_before_reading_loses_nothing(server, size, far):
         (taken,) = push(peer, most=size)
         peer.shutdown(socket.SHUT_WR)
         if size > 1:  # its end of file is read while bytes wait, or stays unread: no spin
-            assert cpu_share(server.pid, 0.2) < NO_SPIN
+            rests(server.pid)
         assert read_to_end(peer) == pattern(taken)
     server.wait_for_log(f" closed: {taken} bytes in, {taken} out, end of file")
+
+
+def test_bytes_of_which_the_kernel_takes_a_part_again_and_again_lose_nothing(serve):
+    """What is read at once is more than the kernel has room for, also when some has left."""
+    server = serve("-v")
+    with server.connect(far=True) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+        with frozen(server.pid):
+            (size,) = push(peer, quiet=0.1)
+        assert size > 100_000
+        rests(server.pid)
+        assert receive(peer, size) == pattern(size)
+    server.wait_for_log(f" closed: {size} bytes in, {size} out")
+    parts = [int(found[1]) for found in server.matches(r"sent (\d+) bytes")]
+    assert sum(parts) == size and len(parts) > 2
 
 
 @pytest.mark.parametrize(
@@ -50,7 +65,7 @@ def test_urgent_bytes_are_echoed_at_their_place(server, pieces):
         assert singly.recv(100) == piece.encode()
     for peer in (piled, unaccepted):
         assert receive(peer, len(whole)) == whole
-    assert cpu_share(server.pid, 0.2) < NO_SPIN
+    rests(server.pid)
     for peer in (piled, singly, unaccepted):
         assert exchange(peer, b"still there?") == b"still there?"
 
@@ -127,6 +142,10 @@ def test_a_stuck_peer_is_no_longer_read_and_walks_through_the_masks(serve):
         peer.shutdown(socket.SHUT_WR)
         assert read_to_end(peer) == pattern(size)
     server.wait_for_log("closed")
+    (closed,) = server.matches(r"closed: (\d+) bytes in, (\d+) out")
+    for way, total in (("received", closed[1]), ("sent", closed[2])):  # also where it was a part
+        parts = [int(found[1]) for found in server.matches(rf"{way} (\d+) bytes")]
+        assert sum(parts) == int(total)
     switches = {found[1] for found in server.matches(r"mask (\S+ -> \S+)")}
     assert switches >= {
         "POLLIN -> POLLIN|POLLOUT",

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import itertools
 import os
 import shutil
 import statistics
@@ -15,23 +14,21 @@ from pathlib import Path
 
 import pytest
 from peers import exchange, receive
-from processes import MANY, cpu_share
+from processes import MANY, cpu_share, rests
 
 CORE = str(min(os.sched_getaffinity(0)))
-WINDOW = 1.2  # seconds: with a tick in it, after which those just connected count as silent
-SOON = 0.25  # seconds: some 60 times the law for 2000, for a loaded machine
 
 
 @pytest.fixture
 def burnt_core():
     """A wrapper that puts the server on a core which another process burns.
 
-    Two such servers on one core would hear of their peers late: one test at a time has it.
+    One test at a time does so: two burners would leave a server a third of the core.
     """
     if not shutil.which("taskset"):
-        pytest.skip("taskset is not installed: no process can be kept on one core")
+        pytest.skip("taskset is not installed: no process can be put on a core")
     command = ["taskset", "-c", CORE, sys.executable, "-c", "while True: pass"]
-    with open(Path(tempfile.gettempdir()) / f"poll_echo_core.{os.getuid()}", "w") as lock:
+    with (Path(tempfile.gettempdir()) / "poll-echo-burns-a-core").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with subprocess.Popen(command) as hog:
             try:
@@ -42,10 +39,7 @@ def burnt_core():
 
 @contextlib.contextmanager
 def talking(server, spoken, pause, silent):
-    """Some that are silent, after ``spoken`` of them have said a word, beside one that talks.
-
-    With a ``pause`` of None none talks.
-    """
+    """Some that are silent, after ``spoken`` of them have said a word, beside one that talks."""
     peers = server.crowd(spoken, b"x") + server.crowd(min(silent, MANY) - spoken)
     assert [receive(peer, 1) for peer in peers[:spoken]] == [b"x"] * spoken
     done = threading.Event()
@@ -56,66 +50,59 @@ def talking(server, spoken, pause, silent):
                 assert exchange(talker, b"a word") == b"a word"
 
     thread = threading.Thread(target=talk)
-    if pause is not None:
-        thread.start()
+    thread.start()
     try:
         yield peers[spoken:]
     finally:
         done.set()
-        if pause is not None:
-            thread.join()
+        thread.join()
 
 
-def wait_of(peer):
-    """How long it waits for its echo, in seconds."""
-    start = time.monotonic()
-    assert exchange(peer, b"I speak") == b"I speak"
-    return time.monotonic() - start
+def waits(peers):
+    """How long each of them waits for its echo, in seconds, shortest first."""
+    took = []
+    for peer in peers:
+        start = time.monotonic()
+        assert exchange(peer, b"I speak") == b"I speak"
+        took.append(time.monotonic() - start)
+    return sorted(took)
 
 
-def newcomer(server):
-    with server.connect() as peer:
-        return wait_of(peer)
-
-
-# The law is 2 us for each connection, 16 ms here.  A loop that counts where it should look at
-# the clock, or forgets a descriptor until the next tick, misses the bounds by far: 1 to 6 s.
+# The law is 2 us for each connection, 16 ms here.  The bounds hold on a loaded machine too,
+# and a loop that counts where it should look at the clock misses them by far: 1.5 and 6 s.
 @pytest.mark.parametrize(
     ("silent", "spoken", "pause"), [(8000, 1900, 0.001), (2000, 0, 0.01), (2000, 0, 0)]
 )
-def test_a_silent_peer_and_a_new_one_are_heard_soon_beside_thousands(
-    serve, burnt_core, silent, spoken, pause
-):
+def test_a_silent_peer_that_speaks_is_heard_soon(serve, burnt_core, silent, spoken, pause):
     server = serve(wrapper=burnt_core)
     with talking(server, spoken, pause, silent) as peers:
-        took, end, turn = [], time.monotonic() + WINDOW, itertools.cycle(peers)
-        while time.monotonic() < end or len(took) < 9:
-            took.append(wait_of(next(turn)))
-        new = [newcomer(server)]  # the listener was silent all the while
-        new += [newcomer(server) for _ in range(2)]
-        took = took[len(took) // 2 :]
-        print(f"\nbeside {silent}: at most {max(took):.3f} s, a new one {max(new):.3f} s")
-        assert statistics.median(took) < SOON
-        assert statistics.median(new) < SOON
+        took = waits(peers[::100])
+        print(f"\nbeside {silent}: a silent peer waits {took[-1] * 1000:.0f} ms at most")
+        assert statistics.median(took) < 0.25
+        connects = []
+        for _ in range(5):  # the listener is one of the silent, too
+            start = time.monotonic()
+            assert exchange(server.connect(), b"I am new") == b"I am new"
+            connects.append(time.monotonic() - start)
+            time.sleep(0.05)
+        assert statistics.median(connects) < 0.25
+        start = time.monotonic()
         server.kill()
         with contextlib.suppress(ConnectionError):  # refused, or reset in that moment
-            end = time.monotonic() + 3
-            while time.monotonic() < end:
+            while time.monotonic() - start < 2:
                 server.connect().close()
-            pytest.fail("SIGTERM must close the listener")
+        assert time.monotonic() - start < 1, "SIGTERM must close the listener"
 
 
-def test_a_silent_peer_and_a_new_one_are_heard_soon_where_no_other_talks(serve):
-    """No event but theirs ends a wait: what is left out of it would wait for the next tick."""
-    server = serve()
-    with talking(server, 300, None, 300):
-        took, new = [], []
-        for peer in server.peers[::50]:
-            took.append(wait_of(peer))
-            new.append(newcomer(server))
-        print(f"\nof 300: at most {max(took):.3f} s, a new one {max(new):.3f} s")
-        assert statistics.median(took) < SOON
-        assert statistics.median(new) < SOON
+def test_silent_peers_among_which_none_talks_are_heard_soon(server):
+    """Where nothing else wakes the server, it must wait for all of them at once."""
+    peers = server.crowd(300, b"x")
+    assert [receive(peer, 1) for peer in peers] == [b"x"] * len(peers)
+    took = []
+    for peer in peers[::30]:
+        rests(server.pid)  # by now it is asleep
+        took += waits([peer])
+    assert statistics.median(took) < 0.25
 
 
 def test_neither_idle_peers_nor_a_slow_talker_cost_processor_time(server):
@@ -123,6 +110,6 @@ def test_neither_idle_peers_nor_a_slow_talker_cost_processor_time(server):
     peers = [server.connect() for _ in range(50)]
     for peer in peers:
         exchange(peer, b"hello")
-    assert cpu_share(server.pid, 0.5) < 0.02
+    assert cpu_share(server.pid, 1.1) < 0.005  # the work of a second is in it
     with talking(server, 0, 0.001, 0):
-        assert cpu_share(server.pid, 0.3) < 0.2
+        assert cpu_share(server.pid, 0.5) < 0.2

@@ -4,6 +4,7 @@ For a network namespace of its own (unshare -rn).  The peer is a raw socket with
 at the end of a cable where nobody is, so that no kernel answers in its place.
 """
 
+import atexit
 import socket
 import struct
 import subprocess
@@ -45,6 +46,7 @@ sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800
 sniffer.settimeout(10)
 raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
 server = Server("--host", HERE)
+atexit.register(server.process.kill)
 raw.sendto(segment(server.port, 1000, 0, SYN), (HERE, 0))
 answer = b""
 while answer[20:24] != struct.pack("!HH", server.port, PORT):
