@@ -32,8 +32,9 @@ def test_a_half_close_before_reading_loses_nothing(server, size, far):
     server.wait_for_log(f" closed: {taken} bytes in, {taken} out, end of file")
 
 
-def test_bytes_of_which_the_kernel_takes_a_part_again_and_again_lose_nothing(server):
+def test_bytes_of_which_the_kernel_takes_a_part_again_and_again_lose_nothing(serve):
     """What is read at once is more than the kernel has room for, also when some has left."""
+    server = serve("-v")
     with server.connect(far=True) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
         with frozen(server.pid):
@@ -41,6 +42,9 @@ def test_bytes_of_which_the_kernel_takes_a_part_again_and_again_lose_nothing(ser
         assert size > 100_000
         rests(server.pid)
         assert receive(peer, size) == pattern(size)
+    server.wait_for_log(f" closed: {size} bytes in, {size} out")
+    parts = [int(found[1]) for found in server.matches(r"sent (\d+) bytes")]
+    assert sum(parts) == size and len(parts) > 2
 
 
 @pytest.mark.parametrize(
