@@ -32,8 +32,8 @@ def test_a_host_with_one_of_its_addresses_taken_is_not_served_by_half(serve, tak
         port = other.getsockname()[1]
         server = serve("--host", "", "--port", str(port), ready=False)
         assert server.wait() == 1
-    where = f"[{taken}]" if ":" in taken else taken
-    assert server.log == [f"poll_server: cannot listen on {where}:{port}: Address already in use"]
+    (line,) = server.log
+    assert re.fullmatch(rf"poll_server: Address already in use .*'{taken}', {port}\b.*", line)
 
 
 HERE, NOT_HERE = ("127.0.0.1", "::1"), "192.0.2.1"  # an address that the machine does not have
@@ -44,7 +44,7 @@ TWICE = ("127.0.0.1",) * 2
 def test_a_name_with_several_addresses(serve, tmp_path, hosts):
     options = {"wrapper": with_hosts(tmp_path, *hosts), "ready": len(hosts) > 1}
     server = serve("--host", "several.test", **options)
-    reason = r"cannot listen on 192\.0\.2\.1:\d+: Cannot assign requested address"
+    reason = r".*Cannot assign requested address .*'192\.0\.2\.1', \d+\b.*"
     if len(hosts) == 1:
         assert server.wait() == 1
         assert re.fullmatch(f"poll_server: {reason}", "\n".join(server.log))
@@ -139,7 +139,9 @@ def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve):
             served.append(peer)
         return len(come)
 
-    server.wait_for_log("^not accepting: accept: Too many open files; who connects waits in the")
+    server.wait_for_log(
+        "^not accepting: accept: Too many open files; new peers wait in the backlog$"
+    )
     wait_until(lambda: not admit() and server.descriptors() == 64, "all places to be taken")
     rests(server.pid)
     assert exchange(served[0], b"still there?") == b"still there?"
@@ -154,12 +156,8 @@ def test_when_descriptors_run_out_the_others_wait_and_nobody_is_lost(serve):
             peer.close()
         served.clear()
         wait_until(admit, "the next in the backlog to be served")
-    assert len(server.matches("not accepting")) == 1  # one episode
-    for peer in served:
-        peer.close()
-    assert is_served(server)  # and the backlog was empty then
-    server.crowd(100)
-    server.wait_for_log("not accepting", 2)  # another
+    took = time.monotonic() - start
+    assert len(server.matches("not accepting")) <= 2 + took / 5  # a line in five seconds
 
 
 @pytest.mark.parametrize("short_of", ["places", "descriptors"])
@@ -188,7 +186,9 @@ def test_a_limit_leaves_the_rest_in_the_backlog_until_there_is_room(serve):
     assert exchange(second, b"2") == b"2"
     third = server.connect()
     third.sendall(b"3")
-    server.wait_for_log("^not accepting: 2 connections, the most; who connects waits in the back")
+    server.wait_for_log(
+        "^not accepting: 2 connections are open, which is the limit; new peers wait"
+    )
     rests(server.pid)
     assert exchange(second, b"still 2") == b"still 2"
     assert len(server.matches("opened")) == 2
@@ -269,10 +269,9 @@ def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
     del servers["EPERM"]
     for server, peer in zip(servers.values(), waiting):
         assert receive(peer, 5) == b"hello"
-        assert len(server.matches("not accepting")) == 1
+        assert len(server.matches("not accepting")) <= 2 + turns / 5
 
 
-@pytest.mark.xfail(strict=True, reason="left to the redesign: two in a row pause it")
 def test_connections_that_break_while_they_wait_hold_up_no_others(serve):
     """accept(2), ECONNABORTED; there is no warning, as there is nothing to be done."""
     server = serve(wrapper=AS_TRACEABLE)

@@ -39,8 +39,8 @@ def test_a_bad_argument_is_a_usage_error(arguments, why):
 def test_every_port_may_be_asked_for(serve, port):
     server = serve("--host", "192.0.2.1", "--port", port, ready=False)  # not of this machine
     assert server.wait() == 1
-    reason = f"cannot listen on 192.0.2.1:{port}: Cannot assign requested address"
-    assert server.log == [f"poll_server: {reason}"]
+    (line,) = server.log
+    assert re.fullmatch(f"poll_server: .*assign requested address .*'192.0.2.1', {port}.*", line)
 
 
 @pytest.mark.parametrize("script", [SERVER, CLIENT], ids=lambda script: script.stem)
