@@ -1,18 +1,32 @@
 #!/usr/bin/env python3
-"""The other end of poll_server.py: sends its input, shows what comes back.
+"""The other end of poll_server.py: sends its input, and shows what the server sends.
 
-In a pipe it copies bytes both ways at once, and its exit status tells whether the echo
-was exact (``Relay``).  At a terminal it lets a person type lines, and shows whatever the
-server sends the moment it comes, above the prompt (``Terminal``).  Both ask poll(2) as the
-server does: whether the socket can be written only while something waits to be sent.
+One poll(2) loop waits for two descriptors: the socket and standard input (``Conversation``).
+Its masks follow from one fact:
+
+    unsent bytes    mask of the socket    mask of standard input
+    none            READ_ONLY             READ_ONLY until end of file (EOF), then none
+    some            READ_WRITE            none: the next input waits in the kernel
+
+How input is read and how output is shown depends on what standard input and output are:
+
+    ``Pipe``        bytes are copied; the exit status tells whether the echo was exact
+    ``Terminal``    a person types lines, and the terminal edits them
+    ``LineEditor``  a person types lines, and GNU readline edits them
+
+A line that the server has begun and not yet ended is called the unfinished line.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback in the 0.1 s of the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports run
+
+if sys.platform != "linux":
+    sys.exit("poll_client: needs Linux, as elsewhere poll(2) may not know terminals")
 
 import argparse
 import codecs
@@ -22,358 +36,494 @@ import os
 import re
 import select
 import socket
-import sys
-import termios
-import threading
 import time
 import zlib
-from typing import NoReturn
-from unicodedata import category, east_asian_width, normalize
-
-try:
-    import ctypes
-    import readline  # input() then has line editing and history
-except ImportError:  # Python built without one of them: input() does without
-    readline = None  # type: ignore[assignment]
+from typing import Any, NoReturn
+from unicodedata import category
 
 __version__ = "1.0.0"
 
 READ_ONLY = select.POLLIN
 READ_WRITE = READ_ONLY | select.POLLOUT
 
+SIZE = 256 * 1024  # bytes per read and receive; with 64 KiB a pipe is a tenth slower
 PROMPT = "<<< "
-SIZE = 256 * 1024  # bytes per read and receive: 0.95 of ncat's speed, 64 KiB 0.85
-PATIENCE = 300  # milliseconds of silence after which a person is told what it waits for
-CALLBACK = 0x80000  # readline.h, RL_STATE_CALLBACK: readline is asking for a line
-ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7)
+PATIENCE = 300  # milliseconds without a byte from the server, after which the prompt comes
+ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7): they terminate
 
 
-class HungUp(Exception):
-    """The server has ended the connection, or there was none."""
+class Conversation:
+    """The connection, the loop, and what has gone through it.
+
+    ``user`` is where the input comes from and where the output goes.
+    """
+
+    def __init__(self, sock: socket.socket, user: User) -> None:
+        self.sock = sock
+        self.user = user
+        self.unsent = memoryview(b"")
+        self.reading = True  # until end of input, or until the connection is lost
+        self.receiving = True  # until the server closes, or until the connection is lost
+        self.lost = ""  # why the connection was lost
+        self.sent = 0  # bytes that were read to be sent
+        self.received = 0  # bytes
+        # CRC-32 finds every flipped bit, and misses one in 2**32 of other faults.
+        self.sent_crc = 0
+        self.received_crc = 0
+
+    def run(self) -> None:
+        """Copy both ways until the server closes; raises ``OSError`` if the user's side fails."""
+        while self.receiving:
+            poller = select.poll()
+            poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
+            if self.reading and not self.unsent:
+                poller.register(0, READ_ONLY)
+            events = poller.poll(self.user.patience())
+            if not events:
+                self.user.silence()
+            for fd, flags in events:
+                if fd == 0:
+                    self._read()
+                elif flags & select.POLLOUT:
+                    self._send()
+                else:
+                    self._receive()
+
+    def _read(self) -> None:
+        """Take what the user has for the server; at end of input, half-close."""
+        data = self.user.read()
+        if data is None:  # a key, but no line yet
+            return
+        if data:
+            self.sent += len(data)
+            self.sent_crc = zlib.crc32(data, self.sent_crc)
+            self.unsent = memoryview(data)
+            self._send()
+        else:
+            self.reading = False
+            # The server still may send: RFC 9293, section 3.6.
+            with contextlib.suppress(OSError):  # reset in the meantime: receive tells
+                self.sock.shutdown(socket.SHUT_WR)
+
+    def _send(self) -> None:
+        """Send as much of the unsent bytes as the kernel takes."""
+        try:
+            count = self.sock.send(self.unsent)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(error)  # what the server sent before may still be there to receive
+            return
+        self.unsent = self.unsent[count:]
+
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(error)
+            data = b""
+        self.received += len(data)
+        self.received_crc = zlib.crc32(data, self.received_crc)
+        self.receiving = bool(data)
+        self.user.show(data)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = str(error.strerror)
+        self.unsent = memoryview(b"")
+        self.reading = False
+
+    def ending(self) -> str:
+        """How the connection ended, for a message."""
+        return f"connection lost: {self.lost}" if self.lost else "connection closed by the server"
 
 
-def say(text: str) -> None:
-    """A line to standard error; what Python could not flush at exit would change the status."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+class User:
+    """Where the input comes from and where the output goes: what the loop asks of it."""
+
+    def start(self) -> None:
+        """Begin, when the connection is there."""
+
+    def patience(self) -> int | None:
+        """How long poll(2) waits, in milliseconds; None: until the next event."""
+        return None
+
+    def silence(self) -> None:
+        """There was no event for that long."""
+
+    def read(self) -> bytes | None:
+        """The next input, when there is some: none yet (None), or no more (no bytes)."""
+        raise NotImplementedError
+
+    def show(self, data: bytes) -> None:
+        """Show what the server has sent; no bytes are its end."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End, when the connection has ended."""
+
+    def verdict(self, talk: Conversation) -> str:
+        """What went wrong in the whole conversation, or nothing."""
+        raise NotImplementedError
+
+
+class Pipe(User):
+    """Files, pipes, or a single terminal: bytes are copied, and compared by their CRC-32."""
+
+    def read(self) -> bytes:
+        return os.read(0, SIZE)
+
+    def show(self, data: bytes) -> None:
+        write(data)
+
+    def verdict(self, talk: Conversation) -> str:
+        if talk.lost or talk.reading or talk.received < talk.sent:
+            early = " before the end of the input" if talk.reading else ""
+            return f"{talk.ending()}{early}; {talk.received} of {talk.sent} bytes came back"
+        if talk.received > talk.sent:
+            return f"{talk.received} bytes came back, but {talk.sent} were sent"
+        if talk.received_crc != talk.sent_crc:
+            return f"the {talk.received} bytes that came back are not those that were sent"
+        return ""
+
+
+class Terminal(User):
+    """A person at a terminal, which edits the lines itself.
+
+    The reply comes before the prompt: after Enter, the prompt returns when what the server has
+    sent ends with a newline, or when the server has been silent (PATIENCE).
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False  # until the server has been silent
+        self._ended = False  # the input
+        self._unfinished = ""  # of the unfinished line, what came last
+        utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
+
+    def start(self) -> None:
+        for name in ENDING.split():
+            self._catch(signal.Signals[f"SIG{name}"], self._end)
+        self._catch(signal.SIGTSTP, self._suspend)
+        self._catch(signal.SIGCONT, self._take)
+        self._take()
+
+    def patience(self) -> int | None:
+        return PATIENCE if self._waiting else None
+
+    def silence(self) -> None:
+        """Show the prompt, or, after end of input, tell what goes on."""
+        self._waiting = False
+        if not self._ended:
+            self._draw()
+            return
+        self._end_row()
+        self._unfinished = ""
+        say("waiting for the server to close; Ctrl-C leaves")
+
+    def read(self) -> bytes | None:
+        data = os.read(0, SIZE)  # a line, as the terminal gives it after Enter
+        if data:
+            self._unfinished = ""
+            self._waiting = True
+        else:
+            self._end_input()
+        return data
+
+    def show(self, data: bytes) -> None:
+        text = self._decoder.decode(data, final=not data)
+        if text:
+            self._show(text)
+
+    def stop(self) -> None:
+        """Leave the terminal as it was found, with the cursor at the start of a row."""
+        self._end_row()
+        self._restore()
+
+    def verdict(self, talk: Conversation) -> str:
+        return talk.ending() if talk.lost or talk.reading else ""
+
+    def _prompted(self) -> bool:
+        """Whether the prompt is on the screen."""
+        return not self._waiting and not self._ended
+
+    def _show(self, text: str) -> None:
+        if self._prompted():
+            write("\n")  # what is typed is not erased
+        write(visible(text))
+        self._unfinished = text.rpartition("\n")[2]
+        if not self._ended:
+            self._waiting = bool(self._unfinished)
+            self._draw()
+
+    def _draw(self) -> None:
+        """Show the prompt, if it is to be there."""
+        if self._prompted():
+            write(PROMPT)
+
+    def _end_row(self) -> None:
+        """Move the cursor to the start of a row, if it is not there."""
+        if self._unfinished or self._prompted():
+            write("\n")
+
+    def _prepare(self) -> None:
+        """Set the terminal for editing; it is so already."""
+
+    def _restore(self) -> None:
+        """Set the terminal as it was found; it is so already."""
+
+    def _end_input(self) -> None:
+        """End of input: give the terminal back; from now on the job may run in the background."""
+        self.stop()
+        self._unfinished = ""
+        self._ended = True
+        self._waiting = True
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+    def _catch(self, number: int, handler: Any) -> None:
+        """Handle a signal, unless it was ignored at the start: nohup ignores SIGHUP."""
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+    def _take(self, *_: object) -> None:
+        """At the start, and when the job is continued: take the terminal and show the prompt.
+
+        A job in the background that wants to read is stopped by SIGTTIN.  It has to stop, as
+        only a stopped job gets a signal from its shell when it is to have the terminal.
+        """
+        if in_background():
+            signal.raise_signal(signal.SIGTTIN)
+            return
+        self._prepare()
+        write("\r")
+        self._draw()
+
+    def _give_back(self) -> None:
+        """Leave the terminal before a signal ends or stops the process."""
+        with contextlib.suppress(OSError):  # the terminal has gone
+            ready = select.select([], [1], [], 0)[1]  # not after Ctrl-S: it would wait
+            if ready and not in_background():
+                self.stop()
+
+    def _end(self, number: int, _: object) -> None:
+        """End by this signal, as without a handler."""
+        self._give_back()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    def _suspend(self, number: int, _: object) -> None:
+        """Ctrl-Z: stop, as without a handler, and take the terminal when the job is continued.
+
+        An orphaned process group has no shell that could continue it: the kernel does not stop it.
+        """
+        self._give_back()
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # or the prompt would be shown twice
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        signal.signal(number, self._suspend)
+        signal.signal(signal.SIGCONT, self._take)
+        self._take()
+
+
+class LineEditor(Terminal):
+    """A person at a terminal, with GNU readline to edit the lines.
+
+    readline takes a key when poll(2) reports one, and calls ``_store`` with each finished line
+    (its manual, "Alternate Interface").  It can erase what it shows and draw it anew, so what
+    the server sends appears above the prompt and what is typed.  The unfinished line is the
+    beginning of the prompt.
+    """
+
+    def __init__(self, library: Any) -> None:
+        super().__init__()
+        import ctypes
+
+        self._library = library
+        self._string_at = ctypes.string_at
+        self._lines: list[bytes] = []  # finished ones, which the loop has not taken yet
+        self._eof = False
+        library.free.argtypes = [ctypes.c_void_p]
+        ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
+        # readline would give the terminal back after each line, and the terminal show each key.
+        ctypes.c_void_p.in_dll(library, "rl_prep_term_function").value = None
+        ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._store)
+        library.rl_callback_handler_install(b"", self._callback)
+
+    def read(self) -> bytes | None:
+        if self._waiting:  # a key is pressed
+            self._waiting = False
+            self._erase()
+            self._draw()
+        self._library.rl_callback_read_char()
+        if self._lines:
+            data = b"".join(self._lines)
+            self._lines.clear()
+            return data
+        if self._eof:
+            self._end_input()
+            return b""
+        return None
+
+    def silence(self) -> None:
+        if not self._ended:
+            self._erase()
+        super().silence()
+
+    def _store(self, line: int | None) -> None:
+        """readline has finished a line, or met the end of the input, which is no line.
+
+        ctypes drops exceptions that are raised here.  So this stores only, and ``read`` acts.
+        readline shows the new prompt after it.
+        """
+        if line is None:
+            self._eof = True
+            self._library.rl_set_prompt(b"")
+            return
+        text = self._string_at(line)
+        self._library.free(line)
+        if text:
+            self._library.add_history(text)
+        self._lines.append(text + b"\n")
+        self._waiting = True
+        self._library.rl_set_prompt(self._prompt())
+
+    def _show(self, text: str) -> None:
+        if self._ended:
+            super()._show(text)
+            return
+        self._erase()
+        lines, newline, self._unfinished = (self._unfinished + text).rpartition("\n")
+        write(visible(lines + newline))
+        columns, rows = os.get_terminal_size(1)
+        if len(encode(visible(self._unfinished))) > columns * rows / 2:
+            write(visible(self._unfinished) + "\n")
+            self._unfinished = ""
+        if not self._unfinished:
+            self._waiting = False
+        self._draw()
+
+    def _prompt(self) -> bytes:
+        return encode(visible(self._unfinished) + (PROMPT if self._prompted() else ""))
+
+    def _erase(self) -> None:
+        """Erase the prompt and what is typed, where it is on the screen."""
+        self._library.rl_clear_visible_line()
+        self._library.fflush(None)  # readline writes by stdio
+
+    def _draw(self) -> None:
+        self._library.rl_reset_screen_size()
+        self._library.rl_set_prompt(self._prompt())
+        self._library.rl_on_new_line()
+        self._library.rl_redisplay()
+
+    def _end_row(self) -> None:
+        if not self._ended:
+            self._library.rl_end_of_line(1, 0)
+            self._library.rl_redisplay()
+        super()._end_row()
+
+    def _prepare(self) -> None:
+        self._library.rl_deprep_terminal()  # after SIGSTOP readline believes that it is prepared
+        self._library.rl_prep_terminal(1)
+
+    def _restore(self) -> None:
+        self._library.rl_deprep_terminal()
+
+
+def load_readline() -> Any:
+    """GNU readline as a C library; None where Python lacks it, or it does not know the terminal.
+
+    Not before the standard descriptors are open: libffi 3.8 takes the lowest free descriptor.
+    """
+    try:
+        import ctypes
+        import readline
+
+        library = ctypes.CDLL(readline.__file__)
+        library.rl_get_termcap.restype = ctypes.c_char_p
+        erases = library.rl_get_termcap(b"ce")  # how the rest of a row is erased: terminfo(5)
+    except (ImportError, AttributeError, OSError):  # AttributeError: libedit, or no file
+        return None
+    return library if erases else None
+
+
+def in_background() -> bool:
+    """Whether another job has the terminal."""
+    try:
+        return os.tcgetpgrp(0) != os.getpgrp()
+    except OSError:  # it is not the controlling terminal, so there are no jobs
+        return False
+
+
+class NotConnected(Exception):
+    """There is no connection; the text is a line for the user."""
 
 
 def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """Connect to the first address of ``host`` that answers within ``timeout`` seconds each.
+    """Connect to the first address of the host that answers within ``timeout`` seconds each.
 
-    Raises ``HungUp`` with a line that names the address and the last reason.
+    Raises ``NotConnected`` with the last reason.
     """
-    where = ascii(printable((host, port)))[1:-1]  # on one line whatever it holds
     try:
         sock = socket.create_connection((host, port), timeout)
     except (OSError, UnicodeError) as error:  # UnicodeError: no name can look like that
         why = getattr(error, "strerror", "not a host name") or "timed out"
-        raise HungUp(f"cannot connect to {where}: {why}") from error
+        raise NotConnected(f"cannot connect to {printable((host, port))}: {why}") from error
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a line is not held back
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # urgent bytes in their place
     return sock
 
 
-class Talk:
-    """The connection, and what went through it."""
+def say(text: str) -> None:
+    """Write a line to standard error, or drop it.
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sent = self.came = 0  # bytes
-        self.unsent = memoryview(b"")
-        self.lost = ""  # why the connection was lost, if it was
-
-    def send(self) -> None:
-        """Send as much as the kernel takes of what is unsent."""
-        try:
-            self.unsent = self.unsent[self.sock.send(self.unsent) :]
-        except BlockingIOError:
-            pass
-        except OSError as error:  # reset: the server's last words may still be there to read
-            self.unsent, self.lost = memoryview(b""), str(error.strerror)
-
-    def receive(self) -> bytes | None:
-        """Receive once: nothing is end of file or a lost connection, None a false alarm."""
-        try:
-            data = self.sock.recv(SIZE)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            self.lost = str(error.strerror)
-            return b""
-        self.came += len(data)
-        return data
-
-    def half_close(self) -> None:
-        """Tell the server that no more comes; it still may send (RFC 9293, section 3.6)."""
-        with contextlib.suppress(OSError):  # reset in the meantime: the next receive says so
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def ending(self) -> str:
-        return f"connection lost: {self.lost}" if self.lost else "connection closed by the server"
-
-
-class Relay(Talk):
-    """Copies standard input to the socket and the socket to standard output.
-
-    At most SIZE bytes are held each way: input is read only when the socket has taken all
-    that came from it.  The two directions are compared by CRC-32, which finds every flipped
-    bit and misses one in 2**32 of other faults.
+    sys.stderr would keep what it cannot write, and change the exit status.
     """
-
-    def run(self) -> str:
-        """Copy until the server closes, and say what is wrong, if anything is.
-
-        At end of input it half-closes, so that the server does.  Raises ``OSError`` when
-        input cannot be read or output not written.
-        """
-        went, came, reading = 0, 0, True  # two checksums, and whether there is input
-        data: bytes | None = None
-        while data != b"":
-            poller = select.poll()
-            poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
-            if reading and not self.unsent:
-                poller.register(0, select.POLLIN)
-            for fd, flags in poller.poll():
-                if fd == 0:
-                    chunk = os.read(0, SIZE)
-                    went, self.sent = zlib.crc32(chunk, went), self.sent + len(chunk)
-                    self.unsent = memoryview(chunk)
-                    reading = bool(chunk)
-                    if not chunk:
-                        self.half_close()
-                elif flags & select.POLLOUT:
-                    self.send()
-                elif (data := self.receive()) is not None:
-                    came = zlib.crc32(data, came)
-                    write(data)
-            reading = reading and not self.lost
-        if self.lost or reading or self.came < self.sent:
-            early = " before the end of the input" if reading else ""
-            return f"{self.ending()}{early}; {self.came} of {self.sent} bytes came back"
-        if self.came > self.sent:
-            return f"{self.came} bytes came back, but {self.sent} were sent"
-        if came != went:
-            return f"the {self.came} bytes that came back are not those that were sent"
-        return ""
-
-
-class Terminal(Talk):
-    """Lines typed by a person, and what the server sends, on one screen.
-
-    The person is always in input().  What comes is shown by ``_show``: it erases the prompt
-    and what is typed so far, prints, and draws them anew.  A thread watches the socket and
-    interrupts input() by a signal, whose handler does that.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
-        self._asking = self._showing = False
-        self._partial = ""  # the last line that came, until its newline comes
-        utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-        self._found = termios.tcgetattr(0)  # to give it back so
-        # GNU readline can erase what it shows and draw it anew, but offers that in C only
-        # (its manual, "Redisplay").  Python's module is linked to it, or to libedit.
-        self._library: ctypes.CDLL | None = None
-        with contextlib.suppress(AttributeError, NameError, OSError, ValueError):
-            library = ctypes.CDLL(readline.__file__)
-            self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
-            self._erase_prompt = library.rl_clear_visible_line
-            # Else it gives the terminal back after each line, and the kernel draws what is typed.
-            ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
-            self._library = library
-        self._erases = bool(self._library) and os.environ.get("TERM") != "dumb"
-
-    def run(self) -> str:
-        """Talk until end of input (Ctrl-D), then show what still comes; what went wrong, if any."""
-        where = printable(self.sock.getpeername())
-        say(f"connected to {where}; Ctrl-D ends, Ctrl-C leaves at once")
-        sys.stderr = sys.stderr or sys.stdout  # input() insists on one
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        for number in [signal.Signals[f"SIG{name}"] for name in ENDING.split()]:
-            if signal.getsignal(number) != signal.SIG_IGN:  # so nohup leaves SIGINT
-                signal.signal(number, self._leave)
-        signal.signal(signal.SIGTSTP, self._suspend)
-        signal.signal(signal.SIGURG, self._arrived)
-        signal.siginterrupt(signal.SIGURG, not self._library)  # readline would lose what it writes
-        threading.Thread(target=self._watch, daemon=True).start()
-        try:
-            while True:
-                self._deliver(self._ask())
-        except EOFError:
-            self._give_back()
-            self.half_close()
-            if not self._poll(READ_ONLY, PATIENCE):
-                self._partial = ""  # this line ends it
-                say("waiting for the server to close; Ctrl-C leaves")
-            while self._receive():
-                self._poll(READ_ONLY, None)
-            return self.ending() if self.lost else ""
-        except HungUp:
-            return self.ending()
-        finally:
-            self._give_back()
-
-    def _ask(self) -> str:
-        self._asking = True
-        try:
-            line = input(PROMPT)
-        except BaseException as error:  # leave the row of the prompt; after half a line, erase it
-            write("\r\x1b[J" if isinstance(error, EOFError) and self._partial else "\n")
-            raise
-        finally:
-            self._asking = False
-        if self._partial:  # what was typed goes above the unfinished line
-            typed, partial = visible(PROMPT + line), visible(self._partial)
-            write(f"\x1b[{rows(typed) + rows(partial)}A\x1b[J{typed}\n{partial}\n")
-        return line
-
-    def _deliver(self, line: str) -> None:
-        """Send it, and show what comes while the server takes its time."""
-        data = line.encode(sys.stdin.encoding, "surrogateescape") + b"\n"
-        self.sent += len(data)
-        self.unsent = memoryview(data)
-        while self.unsent:
-            flags = self._poll(READ_WRITE, None)
-            if flags & select.POLLOUT:
-                self.send()
-            elif not self._receive():
-                raise HungUp
-        more = select.select([0], [], [], 0)[0]  # the next line is typed; else the echo comes first
-        if not (self._erases or more) and self._poll(READ_ONLY, PATIENCE) and not self._receive():
-            raise HungUp
-
-    def _poll(self, mask: int, timeout: int | None) -> int:
-        poller = select.poll()
-        poller.register(self.sock, mask)
-        return sum(flags for _, flags in poller.poll(timeout))
-
-    def _watch(self) -> None:
-        """Interrupt input() while there is input; readline misses a signal while it draws a key."""
-        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())  # all go to the other
-        while self._poll(READ_ONLY, None):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-            time.sleep(0.01)
-
-    def _at_prompt(self) -> bool:
-        """Whether the prompt is on the screen: input() begins before that and ends after it."""
-        return bool(self._state.value & CALLBACK) if self._library else self._asking
-
-    def _arrived(self, *_: object) -> None:
-        typed = readline.get_line_buffer() if readline else ""
-        ready = self._at_prompt() and not self._showing and fits(PROMPT + typed)
-        if ready and not self._receive():
-            # No more signals: input() would call the handler with the exception set.
-            signal.signal(signal.SIGURG, signal.SIG_IGN)
-            raise HungUp
-
-    def _receive(self) -> bool:
-        """Receive once and show it; whether more may come."""
-        self._showing = True
-        # Where SIGURG comes with another signal, it would restart the write that both end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG})
-        data = self.receive()
-        self._show(self._decoder.decode(data or b"", final=data == b""))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGURG})
-        self._showing = False
-        return data != b""
-
-    def _show(self, text: str) -> None:
-        """The one way for text to reach the screen: above the prompt and what is typed."""
-        if not text:
-            return
-        asking = self._at_prompt()
-        if asking and self._library and self._erases:
-            self._erase_prompt()
-            self._library.fflush(None)  # readline writes through stdio
-        elif asking:
-            write("\n")
-        if self._partial:
-            write(f"\x1b[{rows(visible(self._partial))}A\x1b[J")
-        text = self._partial + text
-        write(visible(text) + ("" if text.endswith("\n") else "\n"))
-        self._partial = text[text.rfind("\n") + 1 :]
-        if not self._erases or not fits(self._partial):
-            self._partial = ""  # it cannot be erased any more, so it ends here
-        if asking and self._library:
-            self._library.rl_on_new_line()
-            readline.redisplay()
-        elif asking:  # what is typed may not be shown, but it is kept
-            write(PROMPT + (readline.get_line_buffer() if readline else ""))
-
-    def _give_back(self) -> None:
-        """Leave the terminal as it was found, unless it has gone or another job has it now."""
-        with contextlib.suppress(OSError, termios.error):
-            if os.tcgetpgrp(0) == os.getpgrp():
-                if self._library:
-                    self._library.rl_deprep_terminal()
-                termios.tcsetattr(0, termios.TCSANOW, self._found)
-
-    def _leave(self, number: int, _: object) -> None:
-        """End or stop by this signal, as without a handler."""
-        signal.signal(number, signal.SIG_DFL)
-        self._give_back()
-        with contextlib.suppress(OSError):  # the terminal has gone
-            if select.select([], [1], [], 0)[1]:  # after Ctrl-S it takes nothing
-                write("\n")
-        signal.raise_signal(number)
-
-    def _suspend(self, number: int, frame: object) -> None:
-        """Ctrl-Z: stop, and go on with what is typed so far."""
-        self._leave(number, frame)  # without a shell that could say fg, the kernel lets it go on
-        signal.signal(number, self._suspend)
-        if self._library and self._at_prompt():
-            self._library.rl_prep_terminal(1)
-            self._library.rl_on_new_line()
-            readline.redisplay()
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def write(data: bytes | str) -> None:
-    """To standard output, also where whoever shares it has made it non-blocking.
+    """Write to standard output, also where another process has made it non-blocking.
 
-    Not with sys.stdout, which drops text when a signal interrupts its write.
+    sys.stdout would drop text when a signal interrupts its write.  Raises ``OSError``.
     """
-    if isinstance(data, str):
-        data = data.encode(sys.stdout.encoding, "backslashreplace")
-    while data:
+    rest = encode(data) if isinstance(data, str) else data
+    while rest:
         try:
-            data = data[os.write(1, data) :]
+            rest = rest[os.write(1, rest) :]
         except BlockingIOError:
             select.select([], [1], [])
+
+
+def encode(text: str) -> bytes:
+    return text.encode(sys.stdout.encoding, "backslashreplace")
 
 
 def visible(text: str) -> str:
     """``text`` with tabs as blanks, and escaped what a terminal would obey or not show."""
 
-    def show(at: re.Match[str]) -> str:
-        obeyed = category(at[0]) in ("Cc", "Cf", "Zl", "Zp")
-        return ascii(at[0])[1:-1] if obeyed else at[0]
+    def show(match: re.Match[str]) -> str:
+        obeyed = category(match[0]) in ("Cc", "Cf", "Zl", "Zp")
+        return ascii(match[0])[1:-1] if obeyed else match[0]
 
     return re.sub("[^\t\n -~\u200c\u200d]", show, text).expandtabs()  # U+200C, D join letters
 
 
-def rows(line: str) -> int:
-    """How many rows of the terminal a line takes."""
-    columns, row, column = os.get_terminal_size(1).columns or 80, 1, 0
-    for char in normalize("NFC", line):
-        width = 0 if category(char) in ("Mn", "Me", "Cf") else 1 + (east_asian_width(char) in "WF")
-        if column + width > columns:
-            row, column = row + 1, 0
-        column += width
-    return row
-
-
-def fits(line: str) -> bool:
-    """Whether all of a line is on the screen, where it can be erased."""
-    return rows(visible(line)) < (os.get_terminal_size(1).lines or 24)
-
-
 def printable(address: tuple[object, ...]) -> str:
-    """``127.0.0.1:8800``, and ``[::1]:8800`` for IPv6 (RFC 3986, section 3.2.2)."""
+    """``127.0.0.1:8800``, and ``[::1]:8800`` for IPv6 (RFC 3986, section 3.2.2), on one line."""
     host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    text = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return ascii(text)[1:-1]
+
+
+def host_name(text: str) -> str:
+    """A host, also in brackets, as a greeting shows IPv6 addresses."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def port_number(text: str) -> int:
@@ -389,18 +539,14 @@ def seconds(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
+    """Reports a usage error also where standard error cannot take it."""
+
     def error(self, message: str) -> NoReturn:
         say(f"{self.format_usage()}{self.prog}: error: {message}")
         sys.exit(2)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A standard descriptor that is closed at start would become a socket.
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
@@ -408,32 +554,66 @@ def main(argv: list[str] | None = None) -> int:
         "or no connection, 2 usage error; Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
-    add("--host", default="localhost", help="name or address of the server (default: %(default)s)")
+    add("--host", type=host_name, default="localhost", help="of the server (default: %(default)s)")
     add("--port", type=port_number, default=8800, help="its port (default: %(default)s)")
     add("--timeout", type=seconds, default=10, help="seconds to connect (default: %(default)s)")
     add("-v", "--verbose", action="store_true", help="end with bytes, seconds and rate")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def converse(options: argparse.Namespace) -> str:
+    """Connect and copy both ways; returns what went wrong, or nothing.
+
+    Raises ``NotConnected``, and ``OSError`` if standard input or output fails.
+    """
+    person = os.isatty(0) and os.isatty(1)
+    if person:
+        say(f"connecting to {printable((options.host, options.port))}")
+    with connect(options.host, options.port, options.timeout) as sock:
+        started = time.monotonic()
+        user: User = Pipe()
+        if person:
+            say(f"connected to {printable(sock.getpeername())}; Ctrl-D ends, Ctrl-C leaves at once")
+            library = load_readline()
+            user = LineEditor(library) if library else Terminal()
+        talk = Conversation(sock, user)
+        user.start()
+        try:
+            talk.run()
+        finally:
+            user.stop()
+        if options.verbose:
+            took = time.monotonic() - started
+            count = f"{talk.sent} bytes sent, {talk.received} came back in {took:.3f} s"
+            say(f"{count}, {talk.received / took / 1e6:.1f} MB/s")
+    return user.verdict(talk)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A standard descriptor that is closed at the start would become another file.  Of the null
+    # device so opened, 0 is at its end, and 1 cannot be written: EBADF.
+    while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(fd)
+    options = parse_arguments(argv)
     try:
-        with connect(arguments.host, arguments.port, arguments.timeout) as sock:
-            started = time.monotonic()
-            person = os.isatty(0) and os.isatty(1)
-            talk: Relay | Terminal = Terminal(sock) if person else Relay(sock)
-            trouble = talk.run()
-            if arguments.verbose:
-                took = time.monotonic() - started
-                count = f"{talk.sent} bytes sent, {talk.came} came back in {took:.3f} s"
-                say(f"{count}, {talk.came / took / 1e6:.1f} MB/s")
-    except HungUp as error:
+        trouble = converse(options)
+    except NotConnected as error:
         trouble = str(error)
-    except (OSError, termios.error) as error:  # standard input or output
-        if isinstance(error, BrokenPipeError):  # `| head -1`: end as cat does
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGPIPE)
-        trouble = error.args[1]
-    if trouble:
-        say(f"poll_client: {trouble}")
-    return 1 if trouble else 0
+    except BrokenPipeError:  # `| head -1`: end as cat does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGPIPE)
+        raise
+    except OSError as error:  # standard input or output
+        trouble = str(error.strerror)
+    if not trouble:
+        return 0
+    say(f"poll_client: {trouble}")
+    return 1
 
 
 if __name__ == "__main__":
