@@ -391,8 +391,9 @@ class PollServer:
         connection = self.fd_to_socket[fd]
         connection.unsent = None  # frees memory, which the next lines may need
         lost = connection.undelivered()
-        self.cut += 1
-        self.lost += lost
+        if lost:
+            self.cut += 1
+            self.lost += lost
         self._close(fd, why, lost)
 
     def _free_memory(self) -> None:
