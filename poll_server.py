@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
 """A TCP echo server on poll(2): one thread, one loop, every byte back.
 
-poll(2) is given descriptors, each with a mask: the events that it is to report.  It is
+poll(2) is given descriptors, each with a mask: the events that poll(2) is to report.  It is
 level-triggered: it reports an event as long as that event is true.  Three rules follow.
 
-1. The mask asks only for events on which the loop will act.  Any other event is reported at
-   once, again and again: the loop spins.
+1. The mask asks only for events on which the loop will act.  If the loop does not act on an
+   event that the mask asks for, every poll returns at once: the loop spins.
 2. The loop does little for each connection before it goes on to the next one.  What it leaves
    is reported again, so no connection waits for long.
-3. An event that is no longer true costs one system call, which fails with EAGAIN.
+3. An event may be over before the loop acts on it.  That is harmless: recv or send then fails
+   with EAGAIN, and nothing is lost.
 
-The mask follows from two facts about a connection:
+Unsent bytes are those that were received from the peer, and that send has not taken yet.  They
+wait in a queue of the connection.  The mask follows from them and from what the peer does:
 
     unsent bytes        the peer          mask
     none                is sending        READ_ONLY
     some                is sending        READ_WRITE
     the queue is full   is sending        WRITE_ONLY, and TCP slows the peer down
     some                has half-closed   WRITE_ONLY
-    none                has half-closed   none: the connection is closed
+    none                has half-closed   none, and the loop closes the connection
 
 What poll(2) reports about a TCP socket, and what the loop does about it:
 
@@ -25,13 +27,13 @@ What poll(2) reports about a TCP socket, and what the loop does about it:
                a connection in the backlog      accept it
     POLLOUT    room in the send buffer          send one chunk
     POLLERR    the connection has failed        receive or send, which raises the reason
-    POLLHUP    both directions are shut down    receive or send, as for POLLERR
-    POLLNVAL   the descriptor is not open       forget it, as the number is not ours
+    POLLHUP    both directions are shut down    receive or send, which tells the same
+    POLLNVAL   the descriptor is not open       forget it: another part of the program closed it
     POLLPRI    an urgent byte was announced     not asked for
 
 POLLERR, POLLHUP and POLLNVAL are reported whether the mask asks for them or not.  POLLPRI is
-true from the announcement on, so a loop that asks for it spins until the byte arrives.  With
-SO_OOBINLINE the urgent byte is input like any other, and POLLIN reports it.
+true as soon as the peer has announced an urgent byte, which may arrive later: a loop that asks
+for POLLPRI spins until then.  With SO_OOBINLINE the byte is input like any other.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from collections.abc import Iterable
 from typing import Any
 
 if sys.platform != "linux":
-    sys.exit("poll_server: needs Linux, as it asks its kernel how many bytes a peer has received")
+    sys.exit("poll_server: needs Linux, as it asks the kernel what a peer has acknowledged")
 
 import fcntl
 import resource
@@ -70,23 +72,22 @@ READ_ONLY = select.POLLIN
 WRITE_ONLY = select.POLLOUT
 READ_WRITE = READ_ONLY | WRITE_ONLY
 
-# At most RECEIVE_SIZE + (QUEUE_CHUNKS - 1) * CHUNK_SIZE = 240 KiB are unsent for one peer.
-RECEIVE_SIZE = 224 * 1024  # bytes per receive; with 128 KiB bulk transfers are 3 % slower
+RECEIVE_SIZE = 224 * 1024  # bytes; with 128 KiB bulk transfers are 3 % slower
 CHUNK_SIZE = 8 * 1024  # bytes per receive while there are unsent ones
-QUEUE_CHUNKS = 3
+QUEUE_CHUNKS = 3  # the first one has up to RECEIVE_SIZE bytes, so 240 KiB are unsent at most
 
 BACKLOG = socket.SOMAXCONN  # connections: as many as the system allows, listen(2)
-DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and 51 with 5,000: 5,000 are soon accepted
-PORT_TRIES = 10  # free ports tried, until one is free on every address of the host
-TICK = 1.0  # seconds between two rounds of housekeeping
-DRAIN_TICK = 0.05  # seconds, while the server stops: a stop seems immediate
-SETTLE = 0.2  # seconds of silence before a drain closes a connection: a delayed ACK takes 0.04
-RETRY = 0.1  # seconds before the next poll() when one has failed
-WARN_EVERY = 5.0  # seconds between two log lines that tell that accepting is paused
+DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
+PORT_TRIES = 10  # for port 0: the port of the first address may be taken on another one
+TICK = 1.0  # seconds between two rounds of housekeeping, at most
+DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
+DRAIN_ROUNDS = 4  # of silence, before a drain closes a connection: a delayed ACK takes 0.04 s
+RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
+PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
-# accept(2), "Error handling": these are errors of the connection that was to be accepted.  It
-# is gone, and the next one may be well.  Any other error lasts, such as EMFILE.
-PASSING_ERRORS = {
+# accept(2), "Error handling": these errors concern only the connection that was to be accepted.
+# The next accept may succeed.  Any other error, such as EMFILE, will come again.
+CONNECTION_ERRORS = {
     errno.ECONNABORTED,
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
@@ -103,79 +104,80 @@ PASSING_ERRORS = {
 class Connection:
     """One peer: its socket, its unsent bytes, and the mask to poll with.
 
-    Unsent bytes are those that were received, but that the kernel has not taken back yet.
-    There is a queue only while there are some.  Bytes that arrive then are queued behind
-    them, so the order is kept.
+    There is a queue only while there are unsent bytes.  Bytes that are received then go to its
+    end, so the order is kept.
     """
 
     __slots__ = (
-        "acknowledged",
         "eof_received",
+        "last_acknowledged",
         "peer",
+        "queue",
         "received",
         "sent",
-        "silent",
+        "silent_rounds",
         "sock",
-        "unsent",
     )
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock = sock
         self.peer = peer  # its address, for the log
-        self.unsent: queue.Queue[bytes] | None = None
+        self.queue: queue.Queue[bytes] | None = None
         self.eof_received = False
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
-        self.silent = 0.0  # seconds without an event, as the rounds of housekeeping count them
-        self.acknowledged = 0  # bytes that the peer had acknowledged when it was last looked at
+        self.silent_rounds = 0  # of housekeeping, since the last event
+        self.last_acknowledged = 0  # bytes, when _close_if_idle asked for them last
 
     def interest(self) -> int:
         """The mask of the first table; 0 when the connection is to be closed."""
-        if self.unsent is None:
+        if self.queue is None:
             return 0 if self.eof_received else READ_ONLY
-        if self.eof_received or self.unsent.full():
+        if self.eof_received or self.queue.full():
             return WRITE_ONLY
         return READ_WRITE
 
     def handle(self, flags: int, buffer: memoryview) -> int:
-        """Act on one event; returns how many bytes were received, which begin the buffer.
+        """Act on one event; returns the number of bytes received, which are first in the buffer.
 
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
-        is no longer true (poll(2), BUGS); any other one is the end of the connection.
+        is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        if self.unsent and flags != select.POLLIN:
-            self._send_chunk(self.unsent)
+        # With unsent bytes, any event but a plain POLLIN goes to send: POLLERR fails there too.
+        if self.queue is not None and flags != select.POLLIN:
+            self._send_chunk(self.queue)
             return 0
-        size = self.sock.recv_into(buffer, CHUNK_SIZE if self.unsent else 0)  # 0: what fits
+        limit = len(buffer) if self.queue is None else CHUNK_SIZE
+        size = self.sock.recv_into(buffer, limit)
         if not size:
             self.eof_received = True
             return 0
         self.received += size
         data = buffer[:size]
-        if not self.unsent:
+        if self.queue is None:
             try:
                 sent = self.sock.send(data)
-            except OSError:  # there is no room; if it is a lasting error, the next send raises it
+            except OSError:  # there is no room; if the error lasts, the next event raises it again
                 sent = 0
             self.sent += sent
             if sent == size:
                 return size
             data = data[sent:]
-            self.unsent = queue.Queue(QUEUE_CHUNKS)
-        self.unsent.put_nowait(bytes(data))
+            self.queue = queue.Queue(QUEUE_CHUNKS)
+        self.queue.put_nowait(bytes(data))
         return size
 
-    def _send_chunk(self, unsent: queue.Queue[bytes]) -> None:
-        """Send the first chunk of the queue, or the part of it that the kernel takes."""
-        chunk = unsent.queue[0]
+    def _send_chunk(self, chunks: queue.Queue[bytes]) -> None:
+        """Send the first chunk; what the kernel does not take of it stays the first one."""
+        chunk = chunks.queue[0]
         sent = self.sock.send(chunk)
         self.sent += sent
         if sent < len(chunk):
-            unsent.queue[0] = chunk[sent:]
+            chunks.queue[0] = chunk[sent:]
             return
-        unsent.get_nowait()
-        if unsent.empty():
-            self.unsent = None
+        chunks.get_nowait()
+        if chunks.empty():
+            self.queue = None
 
     def unacknowledged(self) -> int:
         """Bytes that were sent, and that the peer's kernel has not acknowledged: tcp(7)."""
@@ -186,10 +188,10 @@ class Connection:
         unread = self._ask_kernel(termios.FIONREAD)
         return unread + self.received - self.sent + self.unacknowledged()
 
-    def _ask_kernel(self, question: int) -> int:
-        """A count of bytes, by SIOCINQ or SIOCOUTQ of tcp(7), which have these other names."""
+    def _ask_kernel(self, request: int) -> int:
+        """A count of bytes; tcp(7) calls FIONREAD SIOCINQ, and TIOCOUTQ SIOCOUTQ."""
         try:
-            answer = fcntl.ioctl(self.sock, question, bytes(4))
+            answer = fcntl.ioctl(self.sock, request, bytes(4))
         except (OSError, ValueError):  # the descriptor was closed by another part of the program
             return 0
         return int.from_bytes(answer, sys.byteorder)
@@ -215,11 +217,12 @@ class PollServer:
         machine's if the host is empty, with the same port on each.  Port 0 takes a free one.
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel.  None: there is no limit.
-    idle_timeout: seconds.  A peer is closed when it has had no event, and has acknowledged
-        nothing, for that long or up to a second longer.  None: it is never closed for that.
+    idle_timeout: seconds.  A silent peer, one without an event, is closed at this time or up to
+        a second later.  A peer that does not take its bytes is closed after twice this time at
+        most.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
-    grace: seconds that the peers have at a stop to take their bytes.  Service managers wait for
-        10 seconds or more before they kill.
+    grace: seconds.  At a stop, the peers have so much time to take their bytes.  Service
+        managers wait for 10 seconds or more before they kill.
 
     Raises ``TypeError`` or ``ValueError`` for an argument that makes no sense, ``OSError`` if an
     address cannot be listened on, and its subclass ``socket.gaierror`` if the host cannot be
@@ -262,20 +265,25 @@ class PollServer:
         self.fd_to_socket: dict[int, Connection] = {}
         self.poller = Poller()
         self._max_connections = math.inf if max_connections is None else max_connections
-        self._idle_timeout = math.inf if idle_timeout is None else idle_timeout
-        self._tick = min(TICK, self._idle_timeout / 2)
-        self._next_round = 0.0  # of housekeeping, like all times below by the monotonic clock
-        self._next_warning = 0.0
-        # Its first byte begins a page.  One that does not (a bytearray) makes 100 KiB 10 % slower.
+        self._idle_rounds = math.inf  # of silence, after which a connection is idle
+        self._tick = TICK
+        if idle_timeout is not None:
+            self._idle_rounds = max(2, math.ceil(idle_timeout / TICK))
+            self._tick = idle_timeout / self._idle_rounds
+        # The times are those of time.monotonic().
+        self._next_housekeeping = 0.0
+        self._next_pause_log = 0.0
+        # It begins at a page.  With a bytearray, echoes of 100 KiB are 10 % slower.
         self._buffer = memoryview(mmap.mmap(-1, RECEIVE_SIZE, mmap.MAP_PRIVATE))
-        self._looping = threading.Lock()  # held while the loop runs
+        self._loop_lock = threading.Lock()  # held while the loop runs
         self.listeners = {sock.fileno(): sock for sock in listen(host, port, reuse_port)}
         first = next(iter(self.listeners.values()))
         self.server_address: tuple[str, int] = first.getsockname()[:2]
-        # The self-pipe trick: a byte in it ends a poll(), also one that has not begun yet.
-        self._wake_up, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self.poller.register(self._wake_up.fileno(), READ_ONLY)
+        # The self-pipe trick: a byte written to one end makes the other end readable.  That ends
+        # the poll() of now, or the next one.
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_writer.setblocking(False)
+        self.poller.register(self._wake_reader.fileno(), READ_ONLY)
         self._resume_accepting()
 
     def serve_forever(self) -> None:
@@ -284,7 +292,7 @@ class PollServer:
         A server that has stopped does not start again: this returns at once.
         """
         try:
-            with self._looping:
+            with self._loop_lock:
                 if not self.listeners:
                     return
                 for listener in self.listeners.values():
@@ -292,7 +300,7 @@ class PollServer:
                 while not self.stop_requests:
                     self._turn()
                 self._drain()
-        finally:  # also after an exception: a backlog that is never emptied helps no peer
+        finally:  # also after an exception, or new peers would wait in a backlog for ever
             self._close_listeners()
 
     def _turn(self) -> None:
@@ -308,28 +316,28 @@ class PollServer:
                     continue
                 sent_before = connection.sent
                 try:
-                    received = connection.handle(flags, self._buffer)
+                    size = connection.handle(flags, self._buffer)
                 except BlockingIOError:
                     continue
                 except (OSError, MemoryError) as error:
                     self._handle_failure(fd, flags, error)
                     continue
-                connection.silent = 0.0
+                connection.silent_rounds = 0
                 mask = connection.interest()
                 if tracing:
-                    trace(connection, flags, self._buffer[:received], sent_before, mask)
+                    trace(connection, flags, self._buffer[:size], sent_before, mask)
                 if not mask:
                     self._close(fd, "end of file")
                 elif mask != masks[fd]:
                     self.poller.register(fd, mask)
-            if time.monotonic() >= self._next_round:
+            if time.monotonic() >= self._next_housekeeping:
                 self._housekeep()
         except MemoryError:
             self._free_memory()
 
     def _poll(self) -> list[tuple[int, int]]:
-        """The events, each a descriptor and its flags; none if housekeeping is due before."""
-        wait = max(0.0, self._next_round - time.monotonic())
+        """The events, each a descriptor and its flags; none if housekeeping is due first."""
+        wait = max(0.0, self._next_housekeeping - time.monotonic())
         try:
             return self.poller.poll(math.ceil(wait * 1000))
         except OSError as error:  # poll(2): ENOMEM, and EINVAL after prlimit(2) lowered a limit
@@ -338,15 +346,15 @@ class PollServer:
             return []
 
     def _handle_other(self, fd: int, flags: int) -> None:
-        """Act on an event of a descriptor that is no connection's."""
+        """Act on an event of a listener, or of a descriptor that is none of the connections'."""
         listener = self.listeners.get(fd)
         if listener:
             log.debug("listener: %s", flag_names(flags))
-            # A poll takes longer the more descriptors there are, so more are accepted after it.
+            # The more descriptors, the longer a poll takes: so more are accepted after each.
             for _ in range(1 + len(self.poller.masks) // DESCRIPTORS_PER_ACCEPT):
                 if not self._accept(listener):
                     break
-        else:  # the wake-up, which has done its work, or a connection closed in this turn
+        else:  # the wake-up, which is needed once, or a connection that was closed in this turn
             self.poller.unregister(fd)
 
     def _handle_failure(self, fd: int, flags: int, error: OSError | MemoryError) -> None:
@@ -371,7 +379,7 @@ class PollServer:
     def _close(self, fd: int, why: str, lost: int = 0) -> None:
         """Close a connection and log why; ``lost`` are the bytes that its peer will not get.
 
-        The order of the steps lets an exception in any of them be followed by a second call.
+        If an exception ends this early, the connection is still in the table or all is done.
         """
         connection = self.fd_to_socket[fd]
         self.poller.unregister(fd)
@@ -379,18 +387,18 @@ class PollServer:
             connection.sock.close()
         del self.fd_to_socket[fd]
         line = "%s closed: %d bytes in, %d out, %s"
-        facts = [connection.peer, connection.received, connection.sent, why]
+        arguments = [connection.peer, connection.received, connection.sent, why]
         if lost:
-            log.warning(line + ", %d bytes lost", *facts, lost)
+            log.warning(line + ", %d bytes lost", *arguments, lost)
         else:
-            log.info(line, *facts)
+            log.info(line, *arguments)
         self._resume_accepting()
 
     def _cut(self, fd: int, why: str) -> None:
         """Close a connection although its peer may not have all its bytes, and count the loss."""
         connection = self.fd_to_socket[fd]
-        connection.unsent = None  # frees memory, which the next lines may need
-        lost = connection.undelivered()
+        connection.queue = None  # frees memory, which the next lines may need
+        lost = connection.undelivered()  # by its counters, which are still right
         if lost:
             self.cut += 1
             self.lost += lost
@@ -419,17 +427,17 @@ class PollServer:
         except BlockingIOError:  # the backlog is empty
             return False
         except (OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
+            if isinstance(error, OSError) and error.errno in CONNECTION_ERRORS:
                 return True
             self._pause_accepting(logging.WARNING, f"accept: {reason(error)}")
             return False
-        self._open(sock, printable(address))
+        self._add_connection(sock, printable(address))
         return True
 
-    def _open(self, sock: socket.socket, peer: str) -> None:
+    def _add_connection(self, sock: socket.socket, peer: str) -> None:
         """Take a new connection into the table and the poller."""
         fd = sock.fileno()
-        if fd in self.fd_to_socket:  # the kernel gave the number anew before poll() told of it
+        if fd in self.fd_to_socket:  # another part of the program had closed that descriptor
             self._forget(fd)
         self.fd_to_socket[fd] = Connection(sock, peer)
         try:
@@ -445,8 +453,8 @@ class PollServer:
         for fd in self.listeners:
             self.poller.unregister(fd)
         now = time.monotonic()
-        if now >= self._next_warning:
-            self._next_warning = now + WARN_EVERY
+        if now >= self._next_pause_log:
+            self._next_pause_log = now + PAUSE_LOG_INTERVAL
             log.log(level, "not accepting: %s; new peers wait in the backlog", why)
 
     def _resume_accepting(self) -> None:
@@ -457,33 +465,34 @@ class PollServer:
     def _housekeep(self) -> None:
         """One round: accept again, count the silence of every connection, close the idle ones.
 
-        A process that was stopped for a minute (SIGSTOP, a frozen container) does one round
-        when it goes on.  So no standstill makes a peer idle.
+        Silence is counted in rounds, not by the clock.  After a standstill of the process
+        (SIGSTOP, a frozen container) there is one round, so it makes no peer idle.
         """
-        self._next_round = time.monotonic() + self._tick
+        self._next_housekeeping = time.monotonic() + self._tick
         self._resume_accepting()
         for fd, connection in list(self.fd_to_socket.items()):
-            if connection.silent < self._idle_timeout:
-                connection.silent += self._tick
+            if connection.silent_rounds < self._idle_rounds:
+                connection.silent_rounds += 1
             else:
                 self._close_if_idle(fd, connection)
 
     def _close_if_idle(self, fd: int, connection: Connection) -> None:
         """Close a silent connection, unless its peer is still receiving.
 
-        A peer that reads slowly has no event until a third of the send buffer is free, but it
-        acknowledges.  During a drain only the grace ends the wait for such a peer.
+        A peer that reads slowly causes no event until a third of the send buffer is free, but
+        its kernel acknowledges bytes.  During a drain only the grace ends the wait for a peer
+        that has not all its bytes.
         """
-        why = "server stopped" if self.stop_requests else f"idle for {self._idle_timeout:g} s"
-        lost = connection.undelivered()
+        idle = f"idle for {self._tick * self._idle_rounds:g} s"
+        undelivered = connection.undelivered()
         acknowledged = connection.sent - connection.unacknowledged()
-        if not lost:
-            self._close(fd, why)
-        elif acknowledged > connection.acknowledged:
-            connection.acknowledged = acknowledged
-            connection.silent = 0.0
+        if not undelivered:
+            self._close(fd, "server stopped" if self.stop_requests else idle)
+        elif acknowledged > connection.last_acknowledged:
+            connection.last_acknowledged = acknowledged
+            connection.silent_rounds = 0
         elif not self.stop_requests:
-            self._close(fd, why, lost)
+            self._close(fd, idle, undelivered)
 
     def request_stop(self) -> None:
         """Ask the loop to drain, and return at once; a signal handler may call this.
@@ -494,15 +503,15 @@ class PollServer:
         """
         self.stop_requests += 1
         with contextlib.suppress(OSError):  # the server is closed, or the pair is full
-            self._waker.send(b"\0")
+            self._wake_writer.send(b"\0")
 
     def shutdown(self) -> None:
-        """Request a stop, and wait until the loop has ended, or has never begun.
+        """Request a stop, and wait until the loop has ended; if it does not run, return at once.
 
         It waits for ever if the loop's own thread calls it: use ``request_stop()`` there.
         """
         self.request_stop()
-        with self._looping:
+        with self._loop_lock:
             pass
 
     def server_close(self) -> None:
@@ -512,12 +521,12 @@ class PollServer:
         """
         if not self.stop_requests:
             self.request_stop()
-        with self._looping:
+        with self._loop_lock:
             for fd in list(self.fd_to_socket):  # an exception has ended the loop before
                 self._cut(fd, "server closed")
             self._close_listeners()
-            self._wake_up.close()
-            self._waker.close()
+            self._wake_reader.close()
+            self._wake_writer.close()
 
     def __enter__(self) -> PollServer:
         return self
@@ -528,26 +537,25 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what is on its way, and close each connection when its peer has all its bytes.
 
-        The rule for idle connections does it, with SETTLE as the timeout: what a delayed
-        acknowledgement held back has arrived by then.  The peer must have acknowledged all: if
-        one more byte of its arrives after close(), the kernel sends a reset, and what is still
-        on its way is lost (RFC 1122, section 4.2.2.13).
+        The rule for idle connections closes them, with a shorter timeout.  Its condition, that
+        the peer has acknowledged all, is needed: if a byte of the peer arrives after close(), the
+        kernel sends a reset, and what is still on its way is lost (RFC 1122, section 4.2.2.13).
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # requests before this moment ask for the same drain
+        self.stop_requests = 1  # all requests so far have asked for this drain
         self._max_connections = math.inf
-        self._idle_timeout = SETTLE
+        self._idle_rounds = DRAIN_ROUNDS
         self._tick = DRAIN_TICK
-        self._next_round = 0.0
+        self._next_housekeeping = 0.0
         for connection in self.fd_to_socket.values():
-            connection.silent = 0.0
+            connection.silent_rounds = 0
         while True:
             self._empty_backlog()
             if not self.fd_to_socket or self.stop_requests > 1 or time.monotonic() >= end:
                 break
             self._turn()
-        if self.listeners:  # peers in the backlog could not be accepted to the end
+        if self.listeners:  # accepting is paused, and the backlog has an unknown number of peers
             self.cut += 1
         for fd in list(self.fd_to_socket):
             self._cut(fd, "cut")
@@ -561,7 +569,7 @@ class PollServer:
         """
         self._resume_accepting()
         for listener in list(self.listeners.values()):
-            for _ in range(BACKLOG + 1):  # no more: new peers may arrive without end
+            for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
                     break
         if self.listeners.keys() <= self.poller.masks.keys():
@@ -579,36 +587,36 @@ class Poller:
     """``select.poll``, made fast for many descriptors of which few are busy.
 
     The kernel looks at every descriptor of a poll: a full poll, one of all descriptors, costs
-    some 0.1 us for each.  So a full poll is followed by polls of the busy descriptors alone,
+    0.1 us or more for each.  So a full poll is followed by polls of the busy descriptors alone,
     for a time that grows with the number of all of them (PATIENCE).  An idle descriptor that
-    gets an event waits for that time at most, and full polls take a tenth of all time.
+    gets an event waits for that time at most.
 
-    Busy are the descriptors that had an event, or were registered, since the full poll before.
+    A descriptor is busy if it had an event, or was registered, since the full poll before.
     """
 
-    FEW = 100  # descriptors up to which every poll is a full one: 1.07 times the rate of 10 peers
-    PATIENCE = 2e-6  # seconds for each descriptor between two full polls
-    SPIN = 50e-6  # seconds to ask without waiting: 2.8 times the rate of a single fast peer
+    FEW = 100  # descriptors, up to which every poll is a full one: it makes 10 peers 7 % faster
+    PATIENCE = 2e-6  # seconds for each descriptor, from one full poll to the next
+    SPIN = 50e-6  # seconds to poll without waiting: it makes a single fast peer 2.8 times faster
 
     def __init__(self) -> None:
-        self.masks: dict[int, int] = {}  # what is registered
+        self.masks: dict[int, int] = {}  # of the descriptors that are registered
         self._all = select.poll()
         self._busy = select.poll()
-        self._recent: set[int] = set()  # the descriptors that will be busy after the next full poll
+        self._next_busy: set[int] = set()  # those that _busy gets at the next full poll
         self._next_full_poll = 0.0  # seconds, monotonic
         self._last_wait_was_short = False
 
     def register(self, fd: int, mask: int) -> None:
         """Poll a descriptor for these events, instead of those before."""
         self.masks[fd] = mask
-        self._recent.add(fd)
+        self._next_busy.add(fd)
         self._busy.register(fd, mask)
         self._all.register(fd, mask)
 
     def unregister(self, fd: int) -> None:
         """Forget a descriptor, also one that is not registered."""
         self.masks.pop(fd, None)
-        self._recent.discard(fd)
+        self._next_busy.discard(fd)
         for poller in (self._busy, self._all):
             with contextlib.suppress(KeyError):
                 poller.unregister(fd)
@@ -620,38 +628,40 @@ class Poller:
         """
         if len(self.masks) <= self.FEW:
             return self._full_poll(timeout)
-        left = self._next_full_poll - time.monotonic()
-        if left > 0:
-            events = self._busy.poll(min(int(left * 1000), timeout))
-            if events and time.monotonic() < self._next_full_poll:  # no standstill meanwhile
-                self._recent.update(dict(events))  # the keys: the descriptors
+        time_left = self._next_full_poll - time.monotonic()
+        if time_left > 0:
+            events = self._busy.poll(min(int(time_left * 1000), timeout))
+            # After a standstill of the process, the others come first: these are reported again.
+            if events and time.monotonic() < self._next_full_poll:
+                self._next_busy.update(dict(events))  # the keys: the descriptors
                 return events
         events = self._full_poll(timeout)
-        self._recent.update(dict(events))
+        self._next_busy.update(dict(events))
         self._busy = select.poll()
-        for fd in self._recent:
+        for fd in self._next_busy:
             self._busy.register(fd, self.masks[fd])
-        self._recent = set()
+        self._next_busy = set()
         self._next_full_poll = time.monotonic() + self.PATIENCE * len(self.masks)
         return events
 
     def _full_poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Ask without waiting first: that takes a third of the time of a poll that may wait.
+        """Poll all descriptors: first with timeout 0, as that costs a third for each descriptor.
 
-        Where the last wait was short it asks for a while (SPIN), as going to sleep and waking
-        up would take longer than the next event.
+        If the last wait was short, it polls so again and again for a while (SPIN): to go to
+        sleep and to wake up would take longer than the next event.
         """
-        start = time.monotonic()
-        end = start + self.SPIN if self._last_wait_was_short else start
+        spin_end = time.monotonic()
+        if self._last_wait_was_short:
+            spin_end += self.SPIN
         while True:
             events = self._all.poll(0)
             if events:
                 return events
-            if time.monotonic() >= end:
+            if time.monotonic() >= spin_end:
                 break
-        start = time.monotonic()
+        wait_start = time.monotonic()
         events = self._all.poll(timeout)
-        self._last_wait_was_short = time.monotonic() < start + self.SPIN
+        self._last_wait_was_short = time.monotonic() < wait_start + self.SPIN
         return events
 
 
@@ -666,14 +676,13 @@ def listen(host: str, port: int, reuse_port: bool) -> list[socket.socket]:
         raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve {host!a}: {why}") from error
     # A name may have the same address twice.
     addresses = dict.fromkeys((info[0], info[4]) for info in found)
-    for tries_left in reversed(range(PORT_TRIES)):
+    for _ in range(PORT_TRIES - 1):
         try:
             return listen_on(addresses, reuse_port)
         except OSError as error:
-            # The free port of the first address may be in use on the second one.
-            if port or error.errno != errno.EADDRINUSE or not tries_left:
+            if port or error.errno != errno.EADDRINUSE:
                 raise
-    raise AssertionError("the last try returns or raises")
+    return listen_on(addresses, reuse_port)
 
 
 def listen_on(
@@ -685,7 +694,7 @@ def listen_on(
     where IPv6 is switched off.
     """
     listeners: list[socket.socket] = []
-    missing: list[OSError] = []
+    errors: list[OSError] = []
     with contextlib.ExitStack() as to_close:
         for family, (host, port, *scope) in addresses:  # IPv6 addresses have a scope
             if listeners:
@@ -697,21 +706,21 @@ def listen_on(
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
-                missing.append(error)
+                errors.append(error)
                 continue
             listeners.append(to_close.enter_context(listener))
             listener.setblocking(False)
-            # Accepted sockets inherit these three.
-            # Without it the end of a message waits for a delayed acknowledgement, 40 ms: tcp(7).
+            # Accepted sockets inherit these options.
+            # Without TCP_NODELAY the end of a message may wait for a delayed ACK, 40 ms: tcp(7).
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # An urgent byte is input like any other.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            # A peer that has vanished is noticed, by default after two hours: tcp(7).
+            # A peer that has vanished is noticed, after two hours by default: tcp(7).
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if not listeners:
-            raise missing[0]
+            raise errors[0]
         to_close.pop_all()
-    for left_out in missing:
+    for left_out in errors:
         log.info("left out: %s", left_out.strerror)
     return listeners
 
@@ -727,13 +736,13 @@ def printable(address: tuple[object, ...]) -> str:
 
 
 def flag_names(flags: int) -> str:
-    """``POLLIN|POLLHUP``."""
+    """The names of the events, such as ``POLLIN|POLLHUP``."""
     names = ("POLLIN", "POLLPRI", "POLLOUT", "POLLERR", "POLLHUP", "POLLNVAL")
     return "|".join(name for name in names if flags & getattr(select, name)) or "none"
 
 
 def trace(
-    connection: Connection, flags: int, received: memoryview, sent_before: int, mask: int
+    connection: Connection, flags: int, data: memoryview, sent_before: int, mask: int
 ) -> None:
     """Log one event: the bytes in, and how many went out of those that were to be sent."""
     sent = connection.sent - sent_before
@@ -742,35 +751,35 @@ def trace(
         "%s %s: %d in %r%s, %d of %d out, mask %s",
         connection.peer,
         flag_names(flags),
-        len(received),
-        bytes(received[:64]),  # repr escapes what a terminal would obey
-        "..." if len(received) > 64 else "",
+        len(data),
+        bytes(data[:64]),  # repr escapes what a terminal would obey
+        "..." if len(data) > 64 else "",
         sent,
         sent + unsent,
         flag_names(mask),
     )
 
 
-class StandardError(logging.Handler):
+class StderrHandler(logging.Handler):
     """Writes a line to standard error if that takes it at once, or counts it as left out.
 
-    ``logging.StreamHandler`` waits for a reader that has stopped reading, and so do all peers.
+    ``logging.StreamHandler`` waits while nobody reads standard error, and so all peers wait.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._fd = self._open()
-        self._rest = b""  # of a line that was written in part: it goes before all others
+        self._unwritten = b""  # the end of a line that was written in part; it goes first
         self._left_out = 0  # lines
 
     def _open(self) -> int:
         """A descriptor of standard error whose writes do not block.
 
-        Non-blocking mode belongs to the open file description, which other processes share.
-        So the file is opened once more, unless it is a regular file, where the second opening
-        would write at a position of its own.  What cannot be opened is used as it is: a socket
-        (ENXIO), or the file of another user (EACCES).  The terminal of another user, after
-        su(1), can be opened as /dev/tty.
+        If this process set descriptor 2 to non-blocking mode, all processes that share the
+        terminal would get that mode.  So the file is opened once more, with a mode of its own.
+        A regular file is used as it is: a second opening would write at its own position.  So is
+        what cannot be opened: a socket (ENXIO), the file of another user (EACCES).  Another
+        user's terminal, as after su(1), can be opened as /dev/tty.
         """
         if stat.S_ISREG(os.fstat(2).st_mode):
             return 2
@@ -783,18 +792,18 @@ class StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         note = f"({self._left_out} lines left out)\n" if self._left_out else ""
         line = f"{note}{record.getMessage()}\n".encode()
-        self._left_out += 1
-        # EAGAIN: it is full; EPIPE, EIO: the reader has gone; ENOSPC: the disk is full.
+        self._left_out += 1  # until its first byte is written
+        # EAGAIN: there is no room; EPIPE, EIO: the reader has gone; ENOSPC: the disk is full.
         with contextlib.suppress(OSError):
             if not select.select([], [self._fd], [], 0)[1]:
                 return
-            written = os.write(self._fd, self._rest + line)
-            begun = written - len(self._rest)  # bytes of this line
-            if begun > 0:
-                self._rest = line[begun:]
+            written = os.write(self._fd, self._unwritten + line)
+            written_of_line = written - len(self._unwritten)
+            if written_of_line > 0:
+                self._unwritten = line[written_of_line:]
                 self._left_out = 0
             else:
-                self._rest = self._rest[written:]
+                self._unwritten = self._unwritten[written:]
 
 
 def port_number(text: str) -> int:
@@ -810,8 +819,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         description="Echo every byte back, over TCP, with poll(2).",
         epilog="SIGTERM, Ctrl-C or a closed terminal (SIGHUP) stops it: what peers have sent is "
         "echoed first, for 5 s at most; a second SIGTERM or Ctrl-C stops it at once. "
-        "exit status: 0 stopped with nothing lost, 1 peers had to be cut or an address cannot be "
-        "used, 2 usage error.",
+        "exit status: 0 stopped, and no peer had to be cut, 1 peers had to be cut, or an address "
+        "cannot be used, 2 usage error.",
     )
     add = parser.add_argument
     add("--host", default="localhost", help="name or address to listen on (default: %(default)s)")
@@ -830,13 +839,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before the loop runs
-    # A standard descriptor that is closed at the start would become a socket, and get the log.
+    # If standard error is closed at the start, a socket would get its number, and then the log.
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
     parser, options = parse_arguments(argv)
     log.setLevel("DEBUG" if options.verbose else "WARNING" if options.quiet else "INFO")
-    log.addHandler(StandardError())
+    log.addHandler(StderrHandler())
     # Each connection needs a descriptor.  The soft limit of 1024 protects users of select(2).
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # the hard limit may be above fs.nr_open
@@ -855,15 +864,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     def stop(number: int, _: object) -> None:
-        """Request a stop.  SIGHUP is never the second request, which cuts the drain short.
+        """Request a stop; a second request cuts the drain short.
 
-        A shell that loses its terminal sends it twice, a service manager sends it after SIGTERM.
+        SIGHUP is never the second one: a shell that loses its terminal sends it twice, and a
+        service manager sends it after SIGTERM.
         """
-        if number == signal.SIGHUP and server.stop_requests:
-            return
-        if server.stop_requests:  # no third one counts, and a hail of them would nest this handler
-            signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-        server.request_stop()
+        requests_that_count = 1 if number == signal.SIGHUP else 2
+        if server.stop_requests < requests_that_count:
+            server.request_stop()
 
     stop_signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
     with server:

@@ -72,22 +72,22 @@ def fork(connection):
     """A copy that goes its own way."""
     other = copy.copy(connection)
     other.sock = copy.copy(connection.sock)
-    if connection.unsent:
-        other.unsent = queue.Queue(connection.unsent.maxsize)
-        other.unsent.queue.extend(connection.unsent.queue)
+    if connection.queue:
+        other.queue = queue.Queue(connection.queue.maxsize)
+        other.queue.queue.extend(connection.queue.queue)
     return other
 
 
 def chunks(connection):
     """What waits for the peer."""
-    return list(getattr(connection.unsent, "queue", []))
+    return list(getattr(connection.queue, "queue", []))
 
 
 def check(connection):
     """What must hold after every event; returns the mask, by the table of the module."""
     kernel, waiting = connection.sock, b"".join(chunks(connection))
     assert kernel.came == kernel.went + waiting, "lost, doubled or out of order"
-    assert all(chunks(connection)) and (connection.unsent is None) == (not waiting)
+    assert all(chunks(connection)) and (connection.queue is None) == (not waiting)
     assert connection.received - connection.sent == len(waiting) <= ROOM + (CHUNKS - 1) * CHUNK
     assert (connection.received, connection.eof_received) == (len(kernel.came), kernel.ended)
     masks = (READ_ONLY, READ_WRITE, READ_WRITE, WRITE_ONLY)

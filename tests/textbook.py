@@ -15,7 +15,7 @@ READ_WRITE = READ_ONLY | select.POLLOUT
 listener = socket.socket()
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listener.setblocking(False)
-listener.bind(("localhost", int((sys.argv + ["8800"])[1])))
+listener.bind(("localhost", int(sys.argv[1] if sys.argv[1:] else 8800)))
 listener.listen(5)
 print("listening on port", listener.getsockname()[1], flush=True)
 poller = select.poll()
