@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The other end of poll_server.py: sends its input, and shows what the server sends.
+"""A client of poll_server.py: it sends its standard input, and shows what the server sends.
 
-One poll(2) loop waits for two descriptors: the socket and standard input (``Conversation``).
-Its masks follow from one fact:
+One poll(2) loop waits for the socket and for standard input (``Conversation``).  The masks
+depend on whether there are unsent bytes, those that were read and that send has not taken yet:
 
     unsent bytes    mask of the socket    mask of standard input
     none            READ_ONLY             READ_ONLY until end of file (EOF), then none
@@ -10,11 +10,11 @@ Its masks follow from one fact:
 
 How input is read and how output is shown depends on what standard input and output are:
 
-    ``Pipe``        bytes are copied; the exit status tells whether the echo was exact
-    ``Terminal``    a person types lines, and the terminal edits them
-    ``LineEditor``  a person types lines, and GNU readline edits them
+    ``Copier``             bytes are copied; the exit status tells whether the echo was exact
+    ``TerminalSession``    a person types lines, and the terminal edits them
+    ``ReadlineSession``    a person types lines, and GNU readline edits them
 
-A line that the server has begun and not yet ended is called the unfinished line.
+A line that the server has begun and not ended yet is called the unfinished line.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports run
+
+def quiet_ctrl_c() -> None:
+    """Let Ctrl-C end the process without a traceback, unless SIGINT was ignored at the start."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    quiet_ctrl_c()  # also while the imports run
 
 if sys.platform != "linux":
-    sys.exit("poll_client: needs Linux, as elsewhere poll(2) may not know terminals")
+    sys.exit("poll_client: needs Linux, as poll(2) of other systems may not work with terminals")
 
 import argparse
 import codecs
@@ -46,67 +53,67 @@ __version__ = "1.0.0"
 READ_ONLY = select.POLLIN
 READ_WRITE = READ_ONLY | select.POLLOUT
 
-SIZE = 256 * 1024  # bytes per read and receive; with 64 KiB a pipe is a tenth slower
+READ_SIZE = 256 * 1024  # bytes per read and receive; with 64 KiB a pipe is a tenth slower
 PROMPT = "<<< "
-PATIENCE = 300  # milliseconds without a byte from the server, after which the prompt comes
-ENDING = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7): they terminate
+PATIENCE = 300  # milliseconds of silence of the server, after which the prompt comes
+FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7)
 
 
 class Conversation:
-    """The connection, the loop, and what has gone through it.
+    """The connection, the loop, and counts and checksums of the bytes.
 
-    ``user`` is where the input comes from and where the output goes.
+    ``local`` is where the input comes from and where the output goes.
     """
 
-    def __init__(self, sock: socket.socket, user: User) -> None:
+    def __init__(self, sock: socket.socket, local: LocalSide) -> None:
         self.sock = sock
-        self.user = user
+        self.local = local
         self.unsent = memoryview(b"")
         self.reading = True  # until end of input, or until the connection is lost
         self.receiving = True  # until the server closes, or until the connection is lost
-        self.lost = ""  # why the connection was lost
-        self.sent = 0  # bytes that were read to be sent
+        self.loss_reason = ""  # why the connection was lost
+        self.taken = 0  # bytes of the input, sent or not
         self.received = 0  # bytes
-        # CRC-32 finds every flipped bit, and misses one in 2**32 of other faults.
-        self.sent_crc = 0
+        # CRC-32 finds every single flipped bit, and misses one in 2**32 of other faults.
+        self.taken_crc = 0
         self.received_crc = 0
 
     def run(self) -> None:
-        """Copy both ways until the server closes; raises ``OSError`` if the user's side fails."""
+        """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
             poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
-            events = poller.poll(self.user.patience())
+            events = poller.poll(self.local.poll_timeout())
             if not events:
-                self.user.silence()
+                self.local.on_silence()
             for fd, flags in events:
-                if fd == 0:
-                    self._read()
-                elif flags & select.POLLOUT:
+                if fd != 0 and flags & select.POLLOUT:
                     self._send()
-                else:
+                elif fd != 0:
                     self._receive()
+                elif self.reading:  # the connection may have been lost just now
+                    self._read()
 
     def _read(self) -> None:
-        """Take what the user has for the server; at end of input, half-close."""
-        data = self.user.read()
+        """Take input and send it; at its end, half-close."""
+        data = self.local.read()
         if data is None:  # a key, but no line yet
             return
-        if data:
-            self.sent += len(data)
-            self.sent_crc = zlib.crc32(data, self.sent_crc)
-            self.unsent = memoryview(data)
-            self._send()
-        else:
+        if not data:
             self.reading = False
             # The server still may send: RFC 9293, section 3.6.
-            with contextlib.suppress(OSError):  # reset in the meantime: receive tells
+            with contextlib.suppress(OSError):  # ENOTCONN after a reset, which receive reports
                 self.sock.shutdown(socket.SHUT_WR)
+            return
+        self.taken += len(data)
+        self.taken_crc = zlib.crc32(data, self.taken_crc)
+        self.unsent = memoryview(data)
+        self._send()
 
     def _send(self) -> None:
-        """Send as much of the unsent bytes as the kernel takes."""
+        """Send as many of the unsent bytes as the kernel takes."""
         try:
             count = self.sock.send(self.unsent)
         except BlockingIOError:
@@ -118,7 +125,7 @@ class Conversation:
 
     def _receive(self) -> None:
         try:
-            data = self.sock.recv(SIZE)
+            data = self.sock.recv(READ_SIZE)
         except BlockingIOError:
             return
         except OSError as error:
@@ -127,213 +134,220 @@ class Conversation:
         self.received += len(data)
         self.received_crc = zlib.crc32(data, self.received_crc)
         self.receiving = bool(data)
-        self.user.show(data)
+        self.local.show(data)
 
     def _lose(self, error: OSError) -> None:
-        self.lost = str(error.strerror)
+        self.loss_reason = str(error.strerror)
         self.unsent = memoryview(b"")
         self.reading = False
 
-    def ending(self) -> str:
-        """How the connection ended, for a message."""
-        return f"connection lost: {self.lost}" if self.lost else "connection closed by the server"
+    def how_it_ended(self) -> str:
+        if self.loss_reason:
+            return f"connection lost: {self.loss_reason}"
+        return "connection closed by the server"
 
 
-class User:
-    """Where the input comes from and where the output goes: what the loop asks of it."""
+class LocalSide:
+    """What the loop asks of standard input and output."""
 
     def start(self) -> None:
-        """Begin, when the connection is there."""
+        """Called once, when there is a connection."""
 
-    def patience(self) -> int | None:
-        """How long poll(2) waits, in milliseconds; None: until the next event."""
+    def poll_timeout(self) -> int | None:
+        """Milliseconds; None: poll(2) waits for the next event, however long."""
         return None
 
-    def silence(self) -> None:
-        """There was no event for that long."""
+    def on_silence(self) -> None:
+        """Called when there was no event in that time."""
 
     def read(self) -> bytes | None:
-        """The next input, when there is some: none yet (None), or no more (no bytes)."""
+        """Return input when poll(2) reports some: b"" at its end, None if there is no line yet."""
         raise NotImplementedError
 
     def show(self, data: bytes) -> None:
-        """Show what the server has sent; no bytes are its end."""
+        """Show what the server has sent; b"" means that the server has closed."""
         raise NotImplementedError
 
     def stop(self) -> None:
-        """End, when the connection has ended."""
+        """Called at the end."""
 
-    def verdict(self, talk: Conversation) -> str:
-        """What went wrong in the whole conversation, or nothing."""
+    def verdict(self, conversation: Conversation) -> str:
+        """What went wrong, as a line for the user; an empty one if nothing did."""
         raise NotImplementedError
 
 
-class Pipe(User):
-    """Files, pipes, or a single terminal: bytes are copied, and compared by their CRC-32."""
+class Copier(LocalSide):
+    """Copies bytes; used unless standard input and output are both terminals."""
 
     def read(self) -> bytes:
-        return os.read(0, SIZE)
+        return os.read(0, READ_SIZE)
 
     def show(self, data: bytes) -> None:
         write(data)
 
-    def verdict(self, talk: Conversation) -> str:
-        if talk.lost or talk.reading or talk.received < talk.sent:
-            early = " before the end of the input" if talk.reading else ""
-            return f"{talk.ending()}{early}; {talk.received} of {talk.sent} bytes came back"
-        if talk.received > talk.sent:
-            return f"{talk.received} bytes came back, but {talk.sent} were sent"
-        if talk.received_crc != talk.sent_crc:
-            return f"the {talk.received} bytes that came back are not those that were sent"
+    def verdict(self, conversation: Conversation) -> str:
+        taken = conversation.taken
+        received = conversation.received
+        if conversation.loss_reason or conversation.reading or received < taken:
+            early = " before the end of the input" if conversation.reading else ""
+            ended = conversation.how_it_ended()
+            return f"{ended}{early}; {received} of {taken} bytes came back"
+        if received > taken:
+            return f"{received} bytes came back, but {taken} were sent"
+        if conversation.received_crc != conversation.taken_crc:
+            return f"the {received} bytes that came back are not those that were sent"
         return ""
 
 
-class Terminal(User):
-    """A person at a terminal, which edits the lines itself.
+class TerminalSession(LocalSide):
+    """A person types lines, and the terminal edits them.
 
-    The reply comes before the prompt: after Enter, the prompt returns when what the server has
-    sent ends with a newline, or when the server has been silent (PATIENCE).
+    The reply comes before the prompt: after Enter, the prompt is due when what the server has
+    sent ends with a newline, or when the server was silent for a while (PATIENCE).
     """
 
     def __init__(self) -> None:
-        self._waiting = False  # until the server has been silent
-        self._ended = False  # the input
-        self._unfinished = ""  # of the unfinished line, what came last
+        self._awaiting_reply = False
+        self._input_ended = False
+        self._unfinished = ""  # the unfinished line; here its last part is enough
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
 
     def start(self) -> None:
-        for name in ENDING.split():
-            self._catch(signal.Signals[f"SIG{name}"], self._end)
-        self._catch(signal.SIGTSTP, self._suspend)
-        self._catch(signal.SIGCONT, self._take)
-        self._take()
+        for name in FATAL_SIGNALS.split():
+            self._handle(signal.Signals[f"SIG{name}"], self._die)
+        self._handle(signal.SIGTSTP, self._suspend)
+        self._handle(signal.SIGCONT, self._take_terminal)
+        self._take_terminal()
 
-    def patience(self) -> int | None:
-        return PATIENCE if self._waiting else None
+    def poll_timeout(self) -> int | None:
+        return PATIENCE if self._awaiting_reply else None
 
-    def silence(self) -> None:
-        """Show the prompt, or, after end of input, tell what goes on."""
-        self._waiting = False
-        if not self._ended:
-            self._draw()
+    def on_silence(self) -> None:
+        """Show the prompt; after end of input, tell what goes on."""
+        self._awaiting_reply = False
+        if not self._input_ended:
+            self._draw_prompt()
             return
-        self._end_row()
+        self._finish_row()
         self._unfinished = ""
         say("waiting for the server to close; Ctrl-C leaves")
 
     def read(self) -> bytes | None:
-        data = os.read(0, SIZE)  # a line, as the terminal gives it after Enter
-        if data:
-            self._unfinished = ""
-            self._waiting = True
-        else:
+        data = os.read(0, READ_SIZE)  # the terminal gives one line
+        if not data:
             self._end_input()
+            return data
+        self._unfinished = ""  # Enter has moved the cursor to the next row
+        self._awaiting_reply = True
         return data
 
     def show(self, data: bytes) -> None:
         text = self._decoder.decode(data, final=not data)
         if text:
-            self._show(text)
+            self._show_text(text)
 
     def stop(self) -> None:
-        """Leave the terminal as it was found, with the cursor at the start of a row."""
-        self._end_row()
-        self._restore()
+        self._leave_terminal()
+        self._handle(signal.SIGTSTP, signal.SIG_DFL)
+        self._handle(signal.SIGCONT, signal.SIG_DFL)
 
-    def verdict(self, talk: Conversation) -> str:
-        return talk.ending() if talk.lost or talk.reading else ""
+    def verdict(self, conversation: Conversation) -> str:
+        unexpected = conversation.loss_reason or conversation.reading
+        return conversation.how_it_ended() if unexpected else ""
 
-    def _prompted(self) -> bool:
-        """Whether the prompt is on the screen."""
-        return not self._waiting and not self._ended
-
-    def _show(self, text: str) -> None:
-        if self._prompted():
-            write("\n")  # what is typed is not erased
-        write(visible(text))
+    def _show_text(self, text: str) -> None:
+        if self._prompt_due():
+            write("\n")  # the prompt and what is typed stay above
+        write(escape_controls(text))
         self._unfinished = text.rpartition("\n")[2]
-        if not self._ended:
-            self._waiting = bool(self._unfinished)
-            self._draw()
-
-    def _draw(self) -> None:
-        """Show the prompt, if it is to be there."""
-        if self._prompted():
-            write(PROMPT)
-
-    def _end_row(self) -> None:
-        """Move the cursor to the start of a row, if it is not there."""
-        if self._unfinished or self._prompted():
-            write("\n")
-
-    def _prepare(self) -> None:
-        """Set the terminal for editing; it is so already."""
-
-    def _restore(self) -> None:
-        """Set the terminal as it was found; it is so already."""
+        if not self._input_ended:
+            self._awaiting_reply = bool(self._unfinished)
+            self._draw_prompt()
 
     def _end_input(self) -> None:
-        """End of input: give the terminal back; from now on the job may run in the background."""
+        """From now on the job needs no terminal for input: it may run in the background."""
         self.stop()
         self._unfinished = ""
-        self._ended = True
-        self._waiting = True
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        self._input_ended = True
+        self._awaiting_reply = True
 
-    def _catch(self, number: int, handler: Any) -> None:
-        """Handle a signal, unless it was ignored at the start: nohup ignores SIGHUP."""
+    def _prompt_due(self) -> bool:
+        return not self._awaiting_reply and not self._input_ended
+
+    def _draw_prompt(self) -> None:
+        """Show the prompt, if it is due."""
+        if self._prompt_due():
+            write(PROMPT)
+
+    def _finish_row(self) -> None:
+        """Move the cursor to the start of a row."""
+        if self._unfinished or self._prompt_due():
+            write("\n")
+
+    def _prepare_terminal(self) -> None:
+        """Nothing to set: the terminal edits as it was found."""
+
+    def _restore_terminal(self) -> None:
+        """Nothing to restore."""
+
+    def _leave_terminal(self) -> None:
+        """Leave the terminal as it was found, with the cursor at the start of a row."""
+        self._finish_row()
+        self._restore_terminal()
+
+    def _handle(self, number: int, handler: Any) -> None:
+        """Set a signal's handler, unless it was ignored at the start: nohup ignores SIGHUP."""
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
-    def _take(self, *_: object) -> None:
-        """At the start, and when the job is continued: take the terminal and show the prompt.
+    def _take_terminal(self, *_: object) -> None:
+        """Prepare the terminal and show the prompt; called at the start and by SIGCONT.
 
-        A job in the background that wants to read is stopped by SIGTTIN.  It has to stop, as
-        only a stopped job gets a signal from its shell when it is to have the terminal.
+        In the background, SIGTTIN stops the process until the shell moves it to the foreground
+        and sends SIGCONT, which calls this again.  A shell sends it to stopped processes only.
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
             return
-        self._prepare()
-        write("\r")
-        self._draw()
+        self._prepare_terminal()
+        write("\r")  # a shell may have written to this row
+        self._draw_prompt()
 
-    def _give_back(self) -> None:
+    def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
         with contextlib.suppress(OSError):  # the terminal has gone
-            ready = select.select([], [1], [], 0)[1]  # not after Ctrl-S: it would wait
-            if ready and not in_background():
-                self.stop()
+            writable = select.select([], [1], [], 0)[1]  # after Ctrl-S a write would block
+            if writable and not in_background():
+                self._leave_terminal()
 
-    def _end(self, number: int, _: object) -> None:
+    def _die(self, number: int, _: object) -> None:
         """End by this signal, as without a handler."""
-        self._give_back()
+        self._leave_for_signal()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
     def _suspend(self, number: int, _: object) -> None:
-        """Ctrl-Z: stop, as without a handler, and take the terminal when the job is continued.
+        """Ctrl-Z: stop, as without a handler, and take the terminal when the shell continues it.
 
-        An orphaned process group has no shell that could continue it: the kernel does not stop it.
+        The kernel does not stop an orphaned process group, which has no shell: this goes on.
         """
-        self._give_back()
+        self._leave_for_signal()
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # or the prompt would be shown twice
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         signal.signal(number, self._suspend)
-        signal.signal(signal.SIGCONT, self._take)
-        self._take()
+        signal.signal(signal.SIGCONT, self._take_terminal)
+        self._take_terminal()
 
 
-class LineEditor(Terminal):
-    """A person at a terminal, with GNU readline to edit the lines.
+class ReadlineSession(TerminalSession):
+    """A person types lines, and GNU readline edits them.
 
-    readline takes a key when poll(2) reports one, and calls ``_store`` with each finished line
-    (its manual, "Alternate Interface").  It can erase what it shows and draw it anew, so what
-    the server sends appears above the prompt and what is typed.  The unfinished line is the
-    beginning of the prompt.
+    readline takes a key when poll(2) reports one, and calls ``_on_line`` with each finished line
+    (its manual, "Alternate Interface").  It can erase what it has drawn and draw it anew.  So the
+    server's text is shown above the prompt and the typed text.  The unfinished line is drawn as
+    the beginning of the prompt.
     """
 
     def __init__(self, library: Any) -> None:
@@ -342,44 +356,39 @@ class LineEditor(Terminal):
 
         self._library = library
         self._string_at = ctypes.string_at
-        self._lines: list[bytes] = []  # finished ones, which the loop has not taken yet
-        self._eof = False
+        self._lines: list[bytes] = []  # finished ones, which read() has not returned yet
+        self._eof_seen = False
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
-        # readline would give the terminal back after each line, and the terminal show each key.
+        # By these functions readline would restore the terminal after each line, and prepare it
+        # for the next one.  Between them the terminal would echo each key.
         ctypes.c_void_p.in_dll(library, "rl_prep_term_function").value = None
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
-        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._store)
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
         library.rl_callback_handler_install(b"", self._callback)
 
     def read(self) -> bytes | None:
-        if self._waiting:  # a key is pressed
-            self._waiting = False
-            self._erase()
-            self._draw()
+        if self._awaiting_reply:  # a person who types ahead is not held up
+            self._awaiting_reply = False
+            self._redraw("")
         self._library.rl_callback_read_char()
         if self._lines:
             data = b"".join(self._lines)
             self._lines.clear()
             return data
-        if self._eof:
+        if self._eof_seen:
             self._end_input()
             return b""
         return None
 
-    def silence(self) -> None:
-        if not self._ended:
-            self._erase()
-        super().silence()
+    def _on_line(self, line: int | None) -> None:
+        """Called by readline with the address of a finished line, or with None at end of input.
 
-    def _store(self, line: int | None) -> None:
-        """readline has finished a line, or met the end of the input, which is no line.
-
-        ctypes drops exceptions that are raised here.  So this stores only, and ``read`` acts.
-        readline shows the new prompt after it.
+        ctypes drops exceptions that are raised here, so ``read`` acts on the line.  When this
+        returns, readline draws the new prompt.
         """
         if line is None:
-            self._eof = True
+            self._eof_seen = True
             self._library.rl_set_prompt(b"")
             return
         text = self._string_at(line)
@@ -387,56 +396,59 @@ class LineEditor(Terminal):
         if text:
             self._library.add_history(text)
         self._lines.append(text + b"\n")
-        self._waiting = True
-        self._library.rl_set_prompt(self._prompt())
+        self._awaiting_reply = True
+        self._library.rl_set_prompt(self._prompt_text())
 
-    def _show(self, text: str) -> None:
-        if self._ended:
-            super()._show(text)
+    def _show_text(self, text: str) -> None:
+        if self._input_ended:
+            super()._show_text(text)
             return
-        self._erase()
         lines, newline, self._unfinished = (self._unfinished + text).rpartition("\n")
-        write(visible(lines + newline))
-        columns, rows = os.get_terminal_size(1)
-        if len(encode(visible(self._unfinished))) > columns * rows / 2:
-            write(visible(self._unfinished) + "\n")
+        finished = escape_controls(lines + newline)
+        if fills_half_a_screen(self._unfinished):  # readline could not erase it any more
+            finished += escape_controls(self._unfinished) + "\n"
             self._unfinished = ""
         if not self._unfinished:
-            self._waiting = False
-        self._draw()
+            self._awaiting_reply = False
+        self._redraw(finished)
 
-    def _prompt(self) -> bytes:
-        return encode(visible(self._unfinished) + (PROMPT if self._prompted() else ""))
+    def _prompt_text(self) -> bytes:
+        prompt = PROMPT if self._prompt_due() else ""
+        return for_stdout(escape_controls(self._unfinished) + prompt)
 
-    def _erase(self) -> None:
-        """Erase the prompt and what is typed, where it is on the screen."""
+    def _redraw(self, text: str) -> None:
+        """Erase the prompt and the typed text, write ``text``, and draw them below it."""
         self._library.rl_clear_visible_line()
-        self._library.fflush(None)  # readline writes by stdio
+        self._library.fflush(None)  # readline writes through stdio
+        write(text)
+        self._draw_prompt()
 
-    def _draw(self) -> None:
-        self._library.rl_reset_screen_size()
-        self._library.rl_set_prompt(self._prompt())
+    def _draw_prompt(self) -> None:
+        self._library.rl_reset_screen_size()  # the window may have changed
+        self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
 
-    def _end_row(self) -> None:
-        if not self._ended:
+    def _finish_row(self) -> None:
+        """Move the cursor behind the typed text first."""
+        if not self._input_ended:
             self._library.rl_end_of_line(1, 0)
             self._library.rl_redisplay()
-        super()._end_row()
+        super()._finish_row()
 
-    def _prepare(self) -> None:
-        self._library.rl_deprep_terminal()  # after SIGSTOP readline believes that it is prepared
+    def _prepare_terminal(self) -> None:
+        # After SIGSTOP readline believes that the terminal is prepared, so it is restored first.
+        self._library.rl_deprep_terminal()
         self._library.rl_prep_terminal(1)
 
-    def _restore(self) -> None:
+    def _restore_terminal(self) -> None:
         self._library.rl_deprep_terminal()
 
 
 def load_readline() -> Any:
-    """GNU readline as a C library; None where Python lacks it, or it does not know the terminal.
+    """Return GNU readline as a C library, or None if Python has none that knows this terminal.
 
-    Not before the standard descriptors are open: libffi 3.8 takes the lowest free descriptor.
+    Call this when descriptors 0 to 2 are open: libffi 3.8 takes the lowest free one.
     """
     try:
         import ctypes
@@ -444,10 +456,16 @@ def load_readline() -> Any:
 
         library = ctypes.CDLL(readline.__file__)
         library.rl_get_termcap.restype = ctypes.c_char_p
-        erases = library.rl_get_termcap(b"ce")  # how the rest of a row is erased: terminfo(5)
+        erase_sequence = library.rl_get_termcap(b"ce")  # to the end of the row: termcap(5)
     except (ImportError, AttributeError, OSError):  # AttributeError: libedit, or no file
         return None
-    return library if erases else None
+    return library if erase_sequence else None
+
+
+def fills_half_a_screen(text: str) -> bool:
+    """Whether it may; an estimate by UTF-8 bytes, of which a character has more than columns."""
+    columns, rows = os.get_terminal_size(1)
+    return len(escape_controls(text).encode()) > (columns * rows or 80 * 24) / 2
 
 
 def in_background() -> bool:
@@ -462,26 +480,29 @@ class NotConnected(Exception):
     """There is no connection; the text is a line for the user."""
 
 
-def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """Connect to the first address of the host that answers within ``timeout`` seconds each.
+def connect(host: str, port: int, timeout: float) -> tuple[socket.socket, tuple[object, ...]]:
+    """Try each address of the host for ``timeout`` seconds; returns a socket and its peer.
 
     Raises ``NotConnected`` with the last reason.
     """
+    where = format_address((host, port))
     try:
         sock = socket.create_connection((host, port), timeout)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name can look like that
-        why = getattr(error, "strerror", "not a host name") or "timed out"
-        raise NotConnected(f"cannot connect to {printable((host, port))}: {why}") from error
+        peer = sock.getpeername()
+    except UnicodeError as error:
+        raise NotConnected(f"cannot connect to {where}: not a host name") from error
+    except OSError as error:
+        raise NotConnected(f"cannot connect to {where}: {error.strerror or 'timed out'}") from error
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a line is not held back
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # urgent bytes in their place
-    return sock
+    return sock, peer
 
 
 def say(text: str) -> None:
     """Write a line to standard error, or drop it.
 
-    sys.stderr would keep what it cannot write, and change the exit status.
+    If it were written by sys.stderr and failed, the flush at exit would change the exit status.
     """
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
@@ -492,7 +513,7 @@ def write(data: bytes | str) -> None:
 
     sys.stdout would drop text when a signal interrupts its write.  Raises ``OSError``.
     """
-    rest = encode(data) if isinstance(data, str) else data
+    rest = for_stdout(data) if isinstance(data, str) else data
     while rest:
         try:
             rest = rest[os.write(1, rest) :]
@@ -500,30 +521,31 @@ def write(data: bytes | str) -> None:
             select.select([], [1], [])
 
 
-def encode(text: str) -> bytes:
+def for_stdout(text: str) -> bytes:
     return text.encode(sys.stdout.encoding, "backslashreplace")
 
 
-def visible(text: str) -> str:
-    """``text`` with tabs as blanks, and escaped what a terminal would obey or not show."""
+def escape_controls(text: str) -> str:
+    """Replace tabs by blanks, and escape what a terminal would obey or not show."""
 
-    def show(match: re.Match[str]) -> str:
-        obeyed = category(match[0]) in ("Cc", "Cf", "Zl", "Zp")
-        return ascii(match[0])[1:-1] if obeyed else match[0]
+    def escape(match: re.Match[str]) -> str:
+        hidden = category(match[0]) in ("Cc", "Cf", "Zl", "Zp")
+        return ascii(match[0])[1:-1] if hidden else match[0]
 
-    return re.sub("[^\t\n -~\u200c\u200d]", show, text).expandtabs()  # U+200C, D join letters
+    # U+200C and U+200D stay: they tell which letters are joined.
+    return re.sub("[^\t\n -~\u200c\u200d]", escape, text).expandtabs()
 
 
-def printable(address: tuple[object, ...]) -> str:
-    """``127.0.0.1:8800``, and ``[::1]:8800`` for IPv6 (RFC 3986, section 3.2.2), on one line."""
+def format_address(address: tuple[object, ...]) -> str:
+    """``127.0.0.1:8800``, or ``[::1]:8800`` (RFC 3986, section 3.2.2); in ASCII on one line."""
     host, port = address[:2]
     text = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
     return ascii(text)[1:-1]
 
 
-def host_name(text: str) -> str:
-    """A host, also in brackets, as a greeting shows IPv6 addresses."""
-    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+def without_brackets(host: str) -> str:
+    """``::1`` for ``[::1]``, so that an address can be copied from a message."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def port_number(text: str) -> int:
@@ -533,13 +555,13 @@ def port_number(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    if 0 < float(text) <= 86400:  # a day; much more overflows poll()'s milliseconds
+    if 0 < float(text) <= 86400:  # a day; much more overflows the milliseconds of a socket
         return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0 and up to 86400")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a usage error also where standard error cannot take it."""
+    """Ends with status 2 at a usage error, also if standard error cannot be written."""
 
     def error(self, message: str) -> NoReturn:
         say(f"{self.format_usage()}{self.prog}: error: {message}")
@@ -550,52 +572,54 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
-        epilog="exit status: 0 all that was sent came back (at a terminal: Ctrl-D), 1 it did not, "
-        "or no connection, 2 usage error; Ctrl-C ends it by SIGINT.",
+        epilog="exit status: 0 if all came back (at a terminal: if Ctrl-D ended it); 1 if not, or "
+        "if there was no connection; 2 for a usage error. Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
-    add("--host", type=host_name, default="localhost", help="of the server (default: %(default)s)")
+    host = "of the server (default: %(default)s)"
+    add("--host", type=without_brackets, default="localhost", help=host)
     add("--port", type=port_number, default=8800, help="its port (default: %(default)s)")
     add("--timeout", type=seconds, default=10, help="seconds to connect (default: %(default)s)")
-    add("-v", "--verbose", action="store_true", help="end with bytes, seconds and rate")
+    add("-v", "--verbose", action="store_true", help="print bytes, seconds and rate at the end")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(argv)
 
 
 def converse(options: argparse.Namespace) -> str:
-    """Connect and copy both ways; returns what went wrong, or nothing.
+    """Connect and copy both ways; returns what went wrong, or an empty text.
 
     Raises ``NotConnected``, and ``OSError`` if standard input or output fails.
     """
-    person = os.isatty(0) and os.isatty(1)
-    if person:
-        say(f"connecting to {printable((options.host, options.port))}")
-    with connect(options.host, options.port, options.timeout) as sock:
+    interactive = os.isatty(0) and os.isatty(1)
+    if interactive:
+        say(f"connecting to {format_address((options.host, options.port))}")
+    sock, peer = connect(options.host, options.port, options.timeout)
+    with sock:
         started = time.monotonic()
-        user: User = Pipe()
-        if person:
-            say(f"connected to {printable(sock.getpeername())}; Ctrl-D ends, Ctrl-C leaves at once")
+        local: LocalSide = Copier()
+        if interactive:
+            say(f"connected to {format_address(peer)}; Ctrl-D ends, Ctrl-C leaves at once")
             library = load_readline()
-            user = LineEditor(library) if library else Terminal()
-        talk = Conversation(sock, user)
-        user.start()
+            local = ReadlineSession(library) if library else TerminalSession()
+        conversation = Conversation(sock, local)
         try:
-            talk.run()
+            local.start()
+            conversation.run()
         finally:
-            user.stop()
+            local.stop()
         if options.verbose:
             took = time.monotonic() - started
-            count = f"{talk.sent} bytes sent, {talk.received} came back in {took:.3f} s"
-            say(f"{count}, {talk.received / took / 1e6:.1f} MB/s")
-    return user.verdict(talk)
+            rate = conversation.received / took / 1e6
+            summary = f"{conversation.taken} bytes sent, {conversation.received} came back"
+            say(f"{summary} in {took:.3f} s, {rate:.1f} MB/s")
+    return local.verdict(conversation)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A standard descriptor that is closed at the start would become another file.  Of the null
-    # device so opened, 0 is at its end, and 1 cannot be written: EBADF.
+    quiet_ctrl_c()
+    # If a standard descriptor is closed, the next open file would get its number.  The null
+    # device, opened to be read, is the right one: it is at its end, and to write it is an error.
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
     os.close(fd)
@@ -607,7 +631,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head -1`: end as cat does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.raise_signal(signal.SIGPIPE)
-        raise
+        raise  # where SIGPIPE is blocked
     except OSError as error:  # standard input or output
         trouble = str(error.strerror)
     if not trouble:
