@@ -240,10 +240,10 @@ def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(talk, columns):
 
 def test_a_line_of_more_than_half_a_screen_that_comes_in_parts_ends_there(talk):
     user, peer = talk(size=(40, 8), stderr=subprocess.DEVNULL)
-    peer.sendall(b"short" + b"." * 75)
-    user.ends_in("short" + "." * 35, "." * 40, "<<<")
+    peer.sendall(b"short" + b"." * 65)
+    user.ends_in("short" + "." * 35, "." * 30 + "<<<")
     peer.sendall(b"\n" + b"long" + b"." * 236)
-    text = ["short" + "." * 35, "." * 40, "long" + "." * 36, *["." * 40] * 5]
+    text = ["short" + "." * 35, "." * 30, "long" + "." * 36, *["." * 40] * 5]
     user.ends_in(*text, "<<<")
     peer.sendall(b"news\n")
     user.ends_in(*text, "news", "<<<")
@@ -423,6 +423,17 @@ def test_hanging_up_at_the_prompt_is_noticed_at_once(talk, leave, message, typed
     leave(peer)
     user.ends(1)
     user.sees(f"<<< {typed}".rstrip(), f"poll_client: connection {message}", "")
+
+
+def test_at_a_hang_up_all_rows_of_the_prompt_are_left_as_they_are(talk):
+    user, peer = talk(size=(40, 24), stderr=subprocess.DEVNULL)
+    peer.sendall(b"login: ")
+    user.ends_in("login: <<<")
+    user.type("x" * 60 + LEFT * 50)  # the cursor is on the first row of two
+    wait_until(lambda: (user.look(), user.screen.cursor.x)[1] == 21, "the cursor")
+    peer.close()
+    user.ends(1)
+    assert user.look() == ["login: <<< " + "x" * 29, "x" * 31, ""]
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
