@@ -16,25 +16,28 @@ import pytest
 from processes import CLIENT, ROOT, STREAMS, cpu_share, wait_until
 
 UP, LEFT, CTRL_C, CTRL_D, CTRL_Z, ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1a", "\r"
-NO_READLINE = f"""
-import runpy, sys
-sys.modules["readline"] = None
-runpy.run_path({str(CLIENT)!r}, run_name="__main__")
-"""
+CTRL_R, ESCAPE = "\x12", "\x1b"
 
-# The command that an installer makes of the project's entry point.
-INSTALLED = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import poll_client
-sys.exit(poll_client.main())
-"""
+
+def script(before):
+    """The client's script in a Python that has run these statements."""
+    run = f"runpy.run_path({str(CLIENT)!r}, run_name='__main__')"
+    return "-c", f"import os, runpy, sys\n{before}\n{run}"
+
+
+def installed(before=""):
+    """The same with the command that an installer makes of the project's entry point."""
+    path = f"sys.path.insert(0, {str(ROOT)!r})"
+    call = "import poll_client\nsys.exit(poll_client.main())"
+    return "-c", f"import os, sys\n{path}\n{before}\n{call}"
+
+
+NO_READLINE = script("sys.modules['readline'] = None")
 
 
 def prompt(typed="", after=""):
-    """The rows of the prompt with what is typed; ``after`` a line that the server has not ended."""
-    row = f"<<< {typed}".rstrip()
-    return (after, row) if after else (row,)
+    """The row of the prompt with what is typed; ``after`` a line that the server has not ended."""
+    return f"{after}<<< {typed}".rstrip()
 
 
 # A shell that runs one job.  SIGCONT is "fg", SIGTERM "kill %1"; it ends as the job does.
@@ -63,6 +66,9 @@ sys.exit(os.waitstatus_to_exitcode(status) % 256)
 """
 IN_SHELL = (sys.executable, "-c", SHELL)
 
+# An interactive shell; in it "$@" starts the client.  It tells of a stopped job at once (-b).
+IN_BASH = ("bash", "--norc", "--noediting", "-bis")
+
 
 class Terminal:
     """A pseudo-terminal in which the client runs, the person who sits there, and the screen."""
@@ -71,16 +77,18 @@ class Terminal:
         if not shutil.which("setsid"):
             pytest.skip("setsid is not installed: no terminal can be given to the client")
         program = options.pop("program", [str(CLIENT)])
-        words = ["setsid", "--ctty", *options.pop("wrapper", ()), sys.executable, *program]
+        session = ["setsid", *(["--ctty"] if options.pop("controlling", True) else [])]
+        words = [*session, *options.pop("wrapper", ()), sys.executable, *program]
         self.screen = pyte.HistoryScreen(*size, history=10_000, ratio=1)  # columns and lines
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.person, self.tty = pty.openpty()
         os.set_blocking(self.person, False)
-        fcntl.ioctl(self.tty, termios.TIOCSWINSZ, struct.pack("HHHH", *size[::-1], 0, 0))
+        self.resize(*size)
         self.found = termios.tcgetattr(self.tty)
-        given = {"TERM": "xterm", "LC_ALL": "C.UTF-8", "INPUTRC": os.devnull}
-        options["env"] = os.environ | given | options.get("env", {})
+        given = {"TERM": "xterm", "LC_ALL": "C.UTF-8", "INPUTRC": os.devnull, "PS1": "$ "}
+        env = os.environ | given | options.get("env", {})
+        options["env"] = {name: value for name, value in env.items() if value is not None}
         options = dict.fromkeys(STREAMS, self.tty) | options
         words += ["--host", host, "--port", str(port), *arguments]
         self.process = subprocess.Popen(words, **options)
@@ -88,12 +96,21 @@ class Terminal:
     def type(self, keys):
         os.write(self.person, keys if isinstance(keys, bytes) else keys.encode())
 
-    def look(self):
-        """All rows that were ever on the screen, but the empty ones at its end."""
+    def resize(self, columns, lines):
+        self.screen.resize(lines, columns)
+        fcntl.ioctl(self.tty, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def read(self):
+        """All bytes that the terminal got so far."""
         with contextlib.suppress(BlockingIOError):
             while part := os.read(self.person, 1 << 16):
                 self.raw += part
                 self._stream.feed(part)
+        return self.raw
+
+    def look(self):
+        """All rows that were ever on the screen, but the empty ones at its end."""
+        self.read()
         columns = range(self.screen.columns)
         above = ["".join(row[x].data for x in columns) for row in self.screen.history.top]
         seen = [row.rstrip() for row in (*above, *self.screen.display)]
@@ -101,14 +118,20 @@ class Terminal:
         return seen[: last + 1]
 
     def rows(self):
-        """What is below the greeting; the prompt's last blank is not seen."""
-        return self.look()[1:]
+        """What is below the greeting, two lines; the prompt's last blank is not seen."""
+        return self.look()[2:]
 
     def sees(self, *rows):
         """Wait until exactly these rows are below the greeting."""
         with contextlib.suppress(AssertionError):
             wait_until(lambda: self.rows() == [*rows], "the screen to look right")
         assert self.rows() == [*rows]
+
+    def ends_in(self, *rows):
+        """Wait until these rows are the last ones."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: self.look()[-len(rows) :] == [*rows], "the last rows to look right")
+        assert self.look()[-len(rows) :] == [*rows], self.look()
 
     def skip(self):
         """Take what is to be shown off the terminal, unseen: an empty screen is quicker."""

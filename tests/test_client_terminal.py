@@ -21,27 +21,65 @@ from processes import frozen, state, wait_until
 from terminals import (
     CTRL_C,
     CTRL_D,
-    CTRL_Z,
+    CTRL_R,
     ENTER,
-    IN_SHELL,
-    INSTALLED,
+    ESCAPE,
     LEFT,
     NO_READLINE,
     UP,
+    installed,
     prompt,
+    script,
 )
 
 WAITING = "waiting for the server to close; Ctrl-C leaves"
-DUMB, LESS = {"TERM": "dumb"}, ("-c", NO_READLINE)
+HUNG_UP = "poll_client: connection closed by the server"
+DUMB = {"TERM": "dumb"}
 
 
-@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("[::1]", "[::1]")]
+)
 def test_the_greeting_names_the_address_and_the_ways_out(terminal, host, shown):
-    with FarEnd(host) as end:
+    with FarEnd(host.strip("[]")) as end:
         user = terminal(end.port, host=host, stderr=subprocess.PIPE)
-        greeting = f"connected to {shown}:{end.port}; Ctrl-D ends, Ctrl-C leaves at once\n"
-        assert user.process.stderr.readline().decode() == greeting
+        where = f"{shown}:{end.port}"
+        for line in (
+            f"connecting to {where}\n",
+            f"connected to {where}; Ctrl-D ends, Ctrl-C leaves at once\n",
+        ):
+            assert user.process.stderr.readline().decode() == line
         wait_until(lambda: user.look() == ["<<<"], "a prompt, and nothing but a prompt")
+
+
+def test_while_a_server_does_not_answer_it_says_where_it_connects_to(terminal):
+    with FarEnd(backlog=0) as end:
+        end.refuse_silently()
+        user = terminal(end.port)
+        wait_until(lambda: user.look() == [f"connecting to 127.0.0.1:{end.port}", ""], "the line")
+        user.process.send_signal(signal.SIGINT)
+        user.ends(-signal.SIGINT)
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb", None], ids=["xterm", "dumb", "unset"])
+def test_a_script_that_waits_for_the_prompt_finds_the_reply_before_it(talk, term):
+    """As expect does: send a line, wait for the prompt, take what came before it."""
+    user, peer = talk(env={"TERM": term})
+    rounds = 0
+    while rounds < 100:
+        parts = (b"re", b"ply\n") if rounds % 5 == 0 else (b"reply\n",)
+        begin, started = len(user.read()), time.monotonic()
+        user.type("line" + ENTER)
+        assert receive(peer, 5) == b"line\n"
+        for part in parts:
+            peer.sendall(part)
+            select.select([], [], [], 0.1 if part == b"re" else 0)
+        soon = time.monotonic() - started < 0.3  # the promise is not for a server that is slower
+        wait_until(lambda: user.read().rfind(b"<<< ") > user.raw.rfind(b"ply\r\n") > begin, "both")  # noqa: B023
+        if soon:
+            came = user.raw[begin:]
+            assert came.find(b"reply\r\n") < came.find(b"<<< "), (rounds, came)
+            rounds += 1
 
 
 def test_each_echo_stands_under_its_line_and_the_prompt_under_the_echo(terminal, server):
@@ -70,7 +108,7 @@ def test_each_line_goes_out_with_its_newline_and_can_be_edited_and_recalled(talk
 
 def test_bytes_that_are_not_utf_8_go_out_as_they_were_typed(talk):
     """With readline they do not; the README says so."""
-    user, peer = talk(program=LESS)
+    user, peer = talk(program=NO_READLINE)
     attributes = termios.tcgetattr(user.tty)
     attributes[3] &= ~termios.ECHO
     termios.tcsetattr(user.tty, termios.TCSANOW, attributes)
@@ -89,9 +127,9 @@ def test_a_line_that_comes_in_parts_is_one_line_with_what_is_typed_below_it(talk
         code, shown = character.encode(), shown + character
         for byte in code:
             peer.send(bytes([byte]))
-        user.sees("<<< slow", *prompt(typed, after=shown))
+        user.sees("<<< slow", prompt(typed, after=shown))
     peer.sendall(b"\nnext\n")
-    user.sees("<<< slow", line, "next", *prompt(typed))
+    user.sees("<<< slow", line, "next", prompt(typed))
     user.type("!" + ENTER)
     assert receive(peer, len(typed) + 2).decode() == f"{typed}!\n"
     user.sees("<<< slow", line, "next", f"<<< {typed}!", "<<<")
@@ -100,20 +138,20 @@ def test_a_line_that_comes_in_parts_is_one_line_with_what_is_typed_below_it(talk
 def test_enter_does_not_end_a_line_that_comes_in_parts(talk):
     user, peer = talk()
     peer.sendall(b"hello slow wor")
-    user.sees(*prompt(after="hello slow wor"))
+    user.sees("hello slow wor<<<")
     user.type("typed" + ENTER)
-    user.sees("<<< typed", *prompt(after="hello slow wor"))
+    user.sees("hello slow wor<<< typed", "hello slow wor<<<")
     peer.sendall(b"ld\n")
-    user.sees("<<< typed", "hello slow world", "<<<")
+    user.sees("hello slow wor<<< typed", "hello slow world", "<<<")
     peer.sendall(b"in p")
-    user.sees("<<< typed", "hello slow world", *prompt(after="in p"))
+    user.sees("hello slow wor<<< typed", "hello slow world", "in p<<<")
     user.type(CTRL_D)
-    user.sees("<<< typed", "hello slow world", "in p", WAITING, "")
+    user.sees("hello slow wor<<< typed", "hello slow world", "in p<<<", WAITING, "")
     peer.sendall(b"arts")
     assert read_to_end(peer) == b"typed\n"
     peer.close()
     user.ends(0)
-    user.sees("<<< typed", "hello slow world", "in p", WAITING, "arts", "")
+    user.sees("hello slow wor<<< typed", "hello slow world", "in p<<<", WAITING, "arts", "")
 
 
 def test_text_and_a_line_that_come_at_the_same_time_are_both_whole(talk):
@@ -130,7 +168,7 @@ def test_while_the_server_takes_no_more_its_text_is_shown_and_no_line_is_lost(ta
     far_end.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
     far_end.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     user, peer = talk()
-    keys = memoryview((("x" * 72 + ENTER) * 1000 + CTRL_D).encode())
+    keys = memoryview((("x" * 72 + ENTER) * 5000 + CTRL_D).encode())
 
     def feed():
         nonlocal keys
@@ -157,7 +195,7 @@ def test_while_the_server_takes_no_more_its_text_is_shown_and_no_line_is_lost(ta
         if keys and select.select([], [user.person], [], 0)[1]:
             feed()
         user.skip()
-    assert came == 1000 * 73
+    assert came == 5000 * 73
 
 
 def test_what_the_server_sends_is_shown_when_it_comes(talk):
@@ -191,7 +229,8 @@ def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(talk, columns):
     user, peer = talk(size=(columns, 24))
     greeting = user.look()[:-1]
     text = ""
-    for part in ("你好世界" * 4, "x\u0301" * 7, "z" * 40, "é" * 3, "\n"):
+    wide = "a" * (columns - 20) + "你好世界" * 4  # else readline errs: a row ends in a blank
+    for part in (wide, "x\u0301" * 7, "z" * 40, "é" * 3, "\n"):
         text += part
         peer.sendall(unicodedata.normalize("NFD", part).encode())
         shown = text.rstrip() + "<<<"
@@ -199,22 +238,81 @@ def test_a_line_of_several_rows_that_comes_in_parts_is_one_line(talk, columns):
     assert user.look()[: len(greeting)] == greeting
 
 
-def test_a_line_that_is_taller_than_the_screen_leaves_no_copies(talk):
-    user, peer = talk(size=(40, 8))
+def test_a_line_of_more_than_half_a_screen_that_comes_in_parts_ends_there(talk):
+    user, peer = talk(size=(40, 8), stderr=subprocess.DEVNULL)
+    peer.sendall(b"short" + b"." * 65)
+    user.ends_in("short" + "." * 35, "." * 30 + "<<<")
+    peer.sendall(b"\n" + b"long" + b"." * 236)
+    text = ["short" + "." * 35, "." * 30, "long" + "." * 36, *["." * 40] * 5]
+    user.ends_in(*text, "<<<")
+    peer.sendall(b"news\n")
+    user.ends_in(*text, "news", "<<<")
     for word in ("first", "second", "third"):
-        peer.sendall(word.encode() + b"." * 400)
+        peer.sendall(word.encode() + b"," * 400)
         wait_until(lambda: word in "".join(user.look()), word)  # noqa: B023
+    wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
     text = "".join(user.look())
-    assert [text.count(word) for word in ("first", "second", "third")] == [1, 1, 1]
-    user.type("t" * 400)  # too tall to be drawn anew: what comes is shown later
-    wait_until(lambda: "".join(user.look()).count("t") >= 400, "the keys")
-    before = user.look()
-    peer.sendall(b"fourth\n")
-    user.type("!")
-    wait_until(lambda: user.look()[-1].endswith("!"), "the next key")
-    assert user.look()[:-1] == before[:-1]
+    assert [text.count(word) for word in ("first", "second", "third", ",")] == [1, 1, 1, 1200]
+
+
+VI, SIDEWAYS = "set editing-mode vi", "set horizontal-scroll-mode on"
+
+
+@pytest.mark.parametrize(
+    ("size", "setting", "typed", "line"),
+    [
+        ((40, 8), "", "t" * 400, "t" * 400),
+        ((40, 1), "", "half a li", "half a li"),
+        ((40, 1), "", "t" * 100, "t" * 100),
+        ((40, 2), "", "half a li", "half a li"),
+        ((40, 2), "", "t" * 100, "t" * 100),
+        ((40, 3), "", "t" * 100, "t" * 100),
+        ((5, 24), "", "half a li", "half a li"),
+        ((40, 24), SIDEWAYS, "t" * 100, "t" * 100),
+        ((40, 24), VI, "half a li" + ESCAPE + "0x", "alf a li"),
+        ((40, 24), "", CTRL_R + "fir", "the first line"),
+    ],
+    ids=[
+        "taller than the screen",
+        "one row",
+        "one row, too long",
+        "two rows",
+        "two rows, too long",
+        "three rows, too long",
+        "five columns",
+        "scrolled sideways",
+        "vi mode",
+        "a search",
+    ],
+)
+def test_what_arrives_and_a_hang_up_are_shown_whatever_is_typed(
+    talk, tmp_path, size, setting, typed, line
+):
+    (tmp_path / "inputrc").write_text(f"{setting}\n")
+    user, peer = talk(size=size, env={"INPUTRC": str(tmp_path / "inputrc")})
+    user.type("the first line" + ENTER)
+    assert receive(peer, 15) == b"the first line\n"
+    peer.sendall(b"one\n")
+    wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
+
+    def shows(word):  # a narrow screen breaks it
+        wait_until(lambda: word in "".join(user.look()), word)
+
+    user.type(typed)
+    user.rests()
+    peer.sendall(b"two\nthr")
+    shows("two")
+    peer.sendall(b"ee\nfour")
+    shows("three")
     user.type(ENTER)
-    wait_until(lambda: user.look()[-2:] == ["fourth", "<<<"], "what came")
+    assert receive(peer, len(line) + 1).decode() == f"{line}\n"
+    peer.sendall(b"\n")
+    shows("four")
+    user.type(typed)
+    user.rests()
+    peer.close()
+    user.ends(1)
+    shows(HUNG_UP)
 
 
 def test_nothing_that_a_terminal_obeys_gets_to_it(talk):
@@ -261,7 +359,8 @@ def test_lines_typed_ahead_of_a_server_that_never_answers_go_out_at_once(talk, e
     wait_until(
         lambda: peer.recv(790, socket.MSG_PEEK) == due, "all lines; one in 0.3 s is too slow"
     )
-    user.sees(*(f"<<< {line}" for line in lines), "<<<")
+    if not env:  # else the terminal draws what is typed, ahead of the prompts
+        user.sees(*(f"<<< {line}" for line in lines), "<<<")
 
 
 def test_a_paste_leaves_no_stray_characters(terminal, server):
@@ -326,6 +425,17 @@ def test_hanging_up_at_the_prompt_is_noticed_at_once(talk, leave, message, typed
     user.sees(f"<<< {typed}".rstrip(), f"poll_client: connection {message}", "")
 
 
+def test_at_a_hang_up_all_rows_of_the_prompt_are_left_as_they_are(talk):
+    user, peer = talk(size=(40, 24), stderr=subprocess.DEVNULL)
+    peer.sendall(b"login: ")
+    user.ends_in("login: <<<")
+    user.type("x" * 60 + LEFT * 50)  # the cursor is on the first row of two
+    wait_until(lambda: (user.look(), user.screen.cursor.x)[1] == 21, "the cursor")
+    peer.close()
+    user.ends(1)
+    assert user.look() == ["login: <<< " + "x" * 29, "x" * 31, ""]
+
+
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
 def test_the_last_words_of_a_server_that_hangs_up_are_shown_whole(talk, leave):
     user, peer = talk("-v")
@@ -333,9 +443,9 @@ def test_the_last_words_of_a_server_that_hangs_up_are_shown_whole(talk, leave):
         peer.sendall(b"going down\nno newline, and \xe4\xbd")
         leave(peer)
     user.ends(1)
-    assert user.rows()[:3] == ["going down", r"no newline, and \xe4\xbd", "<<<"]
-    assert user.rows()[3].startswith("0 bytes sent, 29 came back in ")
-    assert user.rows()[4].startswith("poll_client: connection ")
+    assert user.rows()[:2] == ["going down", r"no newline, and \xe4\xbd<<<"]
+    assert user.rows()[2].startswith("0 bytes sent, 29 came back in ")
+    assert user.rows()[3].startswith("poll_client: connection ")
 
 
 def test_a_reset_while_it_sends_loses_none_of_the_servers_last_words(talk):
@@ -350,23 +460,25 @@ def test_a_reset_while_it_sends_loses_none_of_the_servers_last_words(talk):
 
 @pytest.mark.parametrize("late", ["two\nlate\nlines\n", "and no newline", ""])
 def test_ctrl_d_says_that_it_waits_and_prints_what_still_comes(talk, late):
-    user, peer = talk(wrapper=IN_SHELL)
+    user, peer = talk()
     user.type("unanswered" + ENTER + CTRL_D)
     assert read_to_end(peer) == b"unanswered\n"
     user.sees("<<< unanswered", "<<<", WAITING, "")
     user.rests()
     assert termios.tcgetattr(user.tty) == user.found
-    user.type(CTRL_Z)
-    user.stops()
     peer.sendall(late.encode())
-    user.fg()
-    wait_until(lambda: late.split("\n")[0] in user.rows(), "what came")
-    if late:
-        peer.close()
-    else:
-        user.type(CTRL_C)
-    user.ends(0 if late else -signal.SIGINT)
-    assert [row for row in user.rows() if row in late.split("\n") and row] == late.splitlines()
+    user.sees("<<< unanswered", "<<<", WAITING, *late.split("\n"))
+    peer.close()
+    user.ends(0)
+    user.sees("<<< unanswered", "<<<", WAITING, *late.splitlines(), "")
+
+
+def test_ctrl_c_ends_it_also_after_ctrl_d(talk):
+    user, _ = talk()
+    user.type(CTRL_D)
+    user.sees("<<<", WAITING, "")
+    user.process.send_signal(signal.SIGINT)
+    user.ends(-signal.SIGINT)
 
 
 def test_ctrl_d_says_nothing_where_the_server_closes_soon(talk):
@@ -415,7 +527,7 @@ def test_a_signal_ends_it_and_the_terminal_is_as_it_was(talk, name, typed):
 
 
 def test_ctrl_c_of_the_installed_command_leaves_no_traceback(talk):
-    user, _ = talk(program=("-c", INSTALLED))
+    user, _ = talk(program=installed())
     user.type("half a li")
     user.sees("<<< half a li")
     user.type(CTRL_C)
@@ -424,7 +536,7 @@ def test_ctrl_c_of_the_installed_command_leaves_no_traceback(talk):
 
 def test_ctrl_c_while_the_installed_command_connects_leaves_no_traceback(terminal, far_end):
     far_end.refuse_silently()
-    user = terminal(far_end.port, program=("-c", INSTALLED))
+    user = terminal(far_end.port, program=installed())
     wait_until(lambda: connects(user.process.pid), "the client to connect")
     user.process.send_signal(signal.SIGINT)
     user.ends(-signal.SIGINT)
@@ -434,34 +546,6 @@ def test_a_terminal_that_vanishes_ends_it_by_the_signal(talk):
     user, _ = talk()
     os.dup2(os.open(os.devnull, os.O_RDWR), user.person)
     assert user.process.wait(DEADLINE) == -signal.SIGHUP
-
-
-def test_ctrl_z_at_the_prompt_stops_it_and_what_was_typed_survives(terminal, server):
-    user = terminal(server.port, wrapper=IN_SHELL)
-    user.sees("<<<")
-    user.type("hel")
-    user.sees("<<< hel")
-    for count in (1, 2):
-        user.type(CTRL_Z)
-        user.stops()
-        user.fg()
-        user.sees(*["<<< hel"] * (count + 1))
-    user.type("lo" + ENTER)
-    user.sees("<<< hel", "<<< hel", "<<< hello", "hello", "<<<")
-    user.type(CTRL_Z)
-    user.stops()
-    user.process.terminate()
-    user.ends(-signal.SIGTERM)
-
-
-def test_ctrl_z_where_no_shell_could_continue_it_does_not_stop_it(talk):
-    user, peer = talk()
-    user.type("hel")
-    user.sees("<<< hel")
-    user.type(CTRL_Z)
-    user.sees("<<< hel", "<<< hel")
-    user.type("lo" + ENTER)
-    assert receive(peer, 6) == b"hello\n"
 
 
 def test_a_signal_ends_it_while_the_terminal_takes_nothing(talk):
@@ -474,27 +558,70 @@ def test_a_signal_ends_it_while_the_terminal_takes_nothing(talk):
     assert user.process.wait(DEADLINE) == -signal.SIGTERM
 
 
-def test_a_dumb_terminal_gets_no_escape_sequences(talk):
-    user, peer = talk(env=DUMB)
+# Where readline cannot be had or does not know the terminal, the terminal edits.
+WITHOUT = {
+    "TERM unset": {"env": {"TERM": None}},
+    "a dumb terminal": {"env": DUMB},
+    "a terminal without an entry": {"env": {"TERM": "no-such-terminal"}},
+    "no readline module": {"program": NO_READLINE},
+    "no ctypes": {"program": script("sys.modules['ctypes'] = None")},
+    "readline in the interpreter": {"program": script("import readline; del readline.__file__")},
+    "not GNU readline": {"program": script("import readline; readline.__file__ = 'libc.so.6'")},
+    "libedit": {"program": script("import readline; readline.__file__ = 'libedit.so.2'")},
+}
+
+
+@pytest.mark.parametrize("options", WITHOUT.values(), ids=WITHOUT)
+def test_where_the_terminal_edits_all_is_shown_once_and_what_is_typed_is_kept(talk, options):
+    user, peer = talk(**options)
+    user.type("hello" + ENTER)
+    assert receive(peer, 6) == b"hello\n"
+    peer.sendall(b"hel")
+    peer.sendall(b"lo\n")
+    user.sees("<<< hello", "hello", "<<<")
+    user.type("half a li")
+    user.sees("<<< hello", "hello", "<<< half a li")
+    peer.sendall(b"news\n")
+    user.sees("<<< hello", "hello", "<<< half a li", "news", "<<<")
+    user.type("ne" + ENTER)
+    assert receive(peer, 12) == b"half a line\n"
+    peer.sendall(b"login: ")
+    rows = ["<<< hello", "hello", "<<< half a li", "news", "<<< ne"]
+    user.sees(*rows, "login: <<<")
+    user.type("bob" + ENTER)
+    assert receive(peer, 4) == b"bob\n"
+    user.sees(*rows, "login: <<< bob", "<<<")
+    peer.sendall(b"bye")
+    peer.close()
+    user.ends(1)
+    assert "".join(user.rows()).count("bye") == 1
+    assert user.rows()[-2:] == [HUNG_UP, ""]
+
+
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_a_dumb_terminal_gets_no_escape_sequences(talk, term):
+    user, peer = talk(env={"TERM": term})
     user.type("typed")
     user.sees("<<< typed")
-    peer.sendall(b"ne")
-    user.sees("<<< typed", "ne", "<<< typed")
-    peer.sendall(b"ws\n")
-    user.sees("<<< typed", "ne", "<<< typed", "ws", "<<< typed")
+    peer.sendall(b"news\n")
+    user.sees("<<< typed", "news", "<<<")
     user.type(CTRL_C)
     user.ends(-signal.SIGINT)
     assert b"\x1b" not in user.raw
 
 
-def test_without_readline_text_that_arrives_while_typing_leaves_the_line_whole(talk):
-    user, peer = talk(program=LESS)
-    user.type("hel")
-    user.sees("<<< hel")
-    peer.sendall(b"news\n")
-    user.sees("<<< hel", "news", "<<<")
-    user.type("lo" + ENTER)
-    peer.sendall(receive(peer, 6))
-    user.sees("<<< hel", "news", "<<< lo", "hello", "<<<")
-    peer.close()
-    user.ends(1)
+def test_a_flood_of_lines_while_a_line_is_typed_is_shown_whole_and_in_order(talk):
+    """Ten lines each hundredth of a second, and a key in between."""
+    user, peer = talk(stderr=subprocess.DEVNULL)
+    lines, typed = [f"line {number}" for number in range(2000)], ""
+    while chunk := lines[10 * len(typed) :][:10]:
+        peer.sendall("".join(f"{line}\n" for line in chunk).encode())
+        typed += "abcdefghij"[len(typed) % 10]
+        user.type(typed[-1])
+        select.select([], [], [], 0.01)
+        user.read()
+    rows = re.findall(".{1,80}", prompt(typed))
+    user.ends_in(*lines[-3:], *rows)
+    assert [row for row in user.look() if row.startswith("line")] == lines
+    user.type(ENTER)
+    assert receive(peer, len(typed) + 1).decode() == f"{typed}\n"

@@ -1,0 +1,203 @@
+"""Job control: the client is stopped, and in the background, and in the foreground again."""
+
+import os
+import re
+import signal
+import termios
+from pathlib import Path
+
+import pytest
+from peers import read_to_end, receive
+from processes import cpu_share, state, wait_until
+from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_BASH, IN_SHELL, NO_READLINE
+
+JOB = '"$@"'  # what bash calls the client
+
+
+@pytest.fixture
+def bash(terminal, far_end):
+    """An interactive shell at its prompt; "$@" starts the client."""
+
+    def start(**options):
+        user = terminal(far_end.port, wrapper=IN_BASH, **options)
+        user.ends_in("$")
+        return user
+
+    return start
+
+
+def job(user):
+    """The client's process, a child of the shell."""
+    children = Path(f"/proc/{user.process.pid}/task/{user.process.pid}/children")
+    wait_until(children.read_text, "the client")
+    return int(children.read_text())
+
+
+def stopped(user, times=1):
+    """Wait until the shell has told so many times that the client is stopped, and reads again."""
+    wait_until(
+        lambda: (
+            sum("Stopped" in row for row in user.look()) == times
+            and os.tcgetpgrp(user.person) == user.process.pid
+            and termios.tcgetattr(user.tty) == user.found
+        ),
+        "the shell",
+    )
+    assert state(job(user)) == "T"
+
+
+def in_foreground(user):
+    wait_until(lambda: os.tcgetpgrp(user.person) == job(user), "the client")
+
+
+def test_ctrl_z_gives_the_terminal_back_each_time_and_what_was_typed_survives(terminal, server):
+    user = terminal(server.port, wrapper=IN_SHELL)
+    user.sees("<<<")
+    user.type("hel")
+    user.sees("<<< hel")
+    for count in (1, 2):
+        user.type(CTRL_Z)
+        user.stops()
+        user.fg()
+        user.sees(*["<<< hel"] * (count + 1))
+    user.type("lo" + ENTER)
+    user.sees("<<< hel", "<<< hel", "<<< hello", "hello", "<<<")
+    user.type(CTRL_Z)
+    user.stops()
+    user.process.terminate()
+    user.ends(-signal.SIGTERM)
+
+
+@pytest.mark.parametrize("typed", ["half a li", ""])
+@pytest.mark.parametrize("way", ["Ctrl-Z", "Ctrl-Z, bg", "kill -STOP", "kill -STOP, bg"])
+def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end, way, typed):
+    user = bash()
+    user.type(f"{JOB}\n")
+    peer = far_end.accept()
+    user.ends_in("<<<")
+    user.type(typed)
+    stops = 0
+    for _ in range(2):
+        user.ends_in(f"<<< {typed}".rstrip())
+        if "STOP" in way:
+            os.kill(job(user), signal.SIGSTOP)
+        else:
+            user.type(CTRL_Z)
+        stopped(user, stops := stops + 1)
+        if "bg" in way:
+            user.type("bg\n")
+            stopped(user, stops := stops + 1)  # as it reads the terminal
+        user.type("fg\n")
+        # The shell tells of the second stop below its own prompt.
+        user.ends_in("fg" if "bg" in way else "$ fg", JOB, f"<<< {typed}".rstrip())
+    peer.sendall(b"news\n")
+    user.ends_in(JOB, "news", f"<<< {typed}".rstrip())
+    user.type("ne" + ENTER)
+    assert receive(peer, len(typed) + 3).decode() == f"{typed}ne\n"
+    user.type(CTRL_C)
+    user.ends_in("$")
+
+
+def test_a_window_that_was_resized_meanwhile_is_used_as_it_is(bash, far_end):
+    user = bash()
+    user.type(f"{JOB}\n")
+    peer = far_end.accept()
+    user.ends_in("<<<")
+    user.type("half of a long line")
+    user.ends_in("<<< half of a long line")
+    user.type(CTRL_Z)
+    stopped(user)
+    user.resize(16, 24)
+    user.type("fg\n")
+    user.ends_in("$ fg", JOB, "<<< half of a lo", "ng line")
+    peer.sendall(b"news\n")
+    user.ends_in("$ fg", JOB, "news", "<<< half of a lo", "ng line")
+
+
+@pytest.mark.parametrize("program", [None, NO_READLINE], ids=["", "without readline"])
+def test_one_that_is_started_in_the_background_waits_there_for_fg(bash, far_end, program):
+    user = bash(**({"program": program} if program else {}))
+    user.type(f"{JOB} &\n")
+    peer = far_end.accept()
+    stopped(user)
+    assert "<<<" not in "".join(user.look())
+    user.type("fg\n")
+    user.ends_in("fg", JOB, "<<<")
+    user.type("hello" + ENTER)
+    peer.sendall(receive(peer, 6))
+    user.ends_in("<<< hello", "hello", "<<<")
+
+
+def test_without_readline_ctrl_z_and_fg_keep_the_talk(bash, far_end):
+    user = bash(program=NO_READLINE)
+    user.type(f"{JOB}\n")
+    peer = far_end.accept()
+    user.ends_in("<<<")
+    for times in (1, 2):
+        user.type(CTRL_Z)
+        stopped(user, times)
+        user.type("fg\n")
+        user.ends_in("$ fg", JOB, "<<<")
+    user.type("hello" + ENTER)
+    assert receive(peer, 6) == b"hello\n"
+
+
+def test_after_ctrl_d_it_runs_in_the_background_and_shows_what_still_comes(bash, far_end):
+    user = bash()
+    user.type(f"{JOB}\n")
+    peer = far_end.accept()
+    user.ends_in("<<<")
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b""
+    user.type(CTRL_Z)
+    stopped(user)
+    user.type("bg\n")
+    wait_until(lambda: state(job(user)) == "S", "the client to go on")
+    peer.sendall(b"late\n")
+    wait_until(lambda: re.search("late$", "\n".join(user.look()), re.M), "what still comes")
+    assert state(job(user)) == "S"
+    peer.close()
+    wait_until(lambda: any("Done" in row for row in user.look()), "the end")
+
+
+def test_ctrl_z_where_no_shell_could_continue_it_does_not_stop_it(talk):
+    """In an orphaned process group: the client is the first of its session."""
+    user, peer = talk()
+    user.type("hel")
+    user.sees("<<< hel")
+    user.type(CTRL_Z)
+    user.sees("<<< hel", "<<< hel")
+    user.type("lo" + ENTER)
+    assert receive(peer, 6) == b"hello\n"
+
+
+def test_in_the_background_without_a_shell_it_goes_on_and_does_not_spin(bash, far_end):
+    """An orphaned process group: SIGTTIN does not stop it, and it cannot read the terminal."""
+    user = bash()
+    user.type(f"(({JOB} </dev/tty & echo pid=$!) &)\n")
+    peer = far_end.accept()
+    peer.sendall(b"news\n")
+    wait_until(lambda: "news" in user.look(), "what the server sends")
+    client = int(re.search(r"pid=(\d+)", "\n".join(user.look()))[1])
+    wait_until(lambda: cpu_share(client, 0.05) == 0, "the client to rest")
+    assert termios.tcgetattr(user.tty) == user.found
+    peer.close()
+    wait_until(lambda: "poll_client: connection closed by the server" in user.look(), "the end")
+
+
+def test_without_a_controlling_terminal_it_talks(terminal, far_end):
+    user = terminal(far_end.port, controlling=False)
+    peer = far_end.accept()
+    user.sees("<<<")
+    user.type("half a li")
+    user.sees("<<< half a li")
+    peer.sendall(b"news\n")
+    user.sees("news", "<<< half a li")
+    user.process.send_signal(signal.SIGTSTP)
+    user.ends_in("<<< half a li", "<<< half a li")
+    user.type("ne" + ENTER)
+    assert receive(peer, 12) == b"half a line\n"
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b""
+    peer.close()
+    user.ends(0)
