@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from peers import read_to_end, receive
 from processes import cpu_share, state, wait_until
-from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_BASH, IN_SHELL, NO_READLINE
+from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_BASH, IN_SHELL, NO_READLINE, prompt
 
 JOB = '"$@"'  # what bash calls the client
 
@@ -68,7 +68,7 @@ def test_ctrl_z_gives_the_terminal_back_each_time_and_what_was_typed_survives(te
     user.ends(-signal.SIGTERM)
 
 
-@pytest.mark.parametrize("typed", ["half a li", ""])
+@pytest.mark.parametrize("typed", ["", "half a li", "x" * 100])
 @pytest.mark.parametrize("way", ["Ctrl-Z", "Ctrl-Z, bg", "kill -STOP", "kill -STOP, bg"])
 def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end, way, typed):
     user = bash()
@@ -76,9 +76,9 @@ def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end
     peer = far_end.accept()
     user.ends_in("<<<")
     user.type(typed)
-    stops = 0
+    rows, stops = re.findall(".{1,80}", prompt(typed)), 0
     for _ in range(2):
-        user.ends_in(f"<<< {typed}".rstrip())
+        user.ends_in(*rows)
         if "STOP" in way:
             os.kill(job(user), signal.SIGSTOP)
         else:
@@ -89,9 +89,9 @@ def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end
             stopped(user, stops := stops + 1)  # as it reads the terminal
         user.type("fg\n")
         # The shell tells of the second stop below its own prompt.
-        user.ends_in("fg" if "bg" in way else "$ fg", JOB, f"<<< {typed}".rstrip())
+        user.ends_in("fg" if "bg" in way else "$ fg", JOB, *rows)
     peer.sendall(b"news\n")
-    user.ends_in(JOB, "news", f"<<< {typed}".rstrip())
+    user.ends_in(JOB, "news", *rows)
     user.type("ne" + ENTER)
     assert receive(peer, len(typed) + 3).decode() == f"{typed}ne\n"
     user.type(CTRL_C)
