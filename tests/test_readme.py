@@ -1,10 +1,14 @@
 """What the README says and could drift from what the programs do."""
 
+import contextlib
 import re
 import shutil
+import socket
 import subprocess
+import sys
 
 import pytest
+from peers import DEADLINE
 from processes import CLIENT, ROOT, SERVER, run
 
 README = (ROOT / "README.md").read_text()
@@ -43,6 +47,43 @@ def test_tests_that_it_names_exist():
     named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
     assert len(named) > 15
     assert not {name for name in named if f"def {name}(" not in known}
+
+
+def test_the_table_of_masks_is_that_of_the_server():
+    table = section("How it works").split("| unsent bytes |")[1].split("\n\n")[0]
+    readme = [re.split(r" *\| *", row.strip("| ")) for row in table.replace("`", "").split("\n")]
+    docstring = SERVER.read_text().split("    unsent bytes  ")[1].split("\n\n")[0]
+    rows = [re.split(r"  +", row.strip()) for row in docstring.split("\n")]
+    assert len(rows) == 6
+    assert readme[2:] == rows[1:]
+
+
+@contextlib.contextmanager
+def textbook():
+    """The tutorials' loop, and its port."""
+    command = [sys.executable, str(ROOT / "tests" / "textbook.py"), "0"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **streams) as process:
+        try:
+            yield process, int(process.stdout.readline().split()[-1])
+        finally:
+            process.kill()
+
+
+def test_the_textbook_loses_what_this_server_echoes(server):
+    data = bytes(1_000_000)
+    with textbook() as (_, port):
+        for target, whole in ((port, False), (server.port, True)):
+            command = [sys.executable, str(CLIENT), "--host", "127.0.0.1", "--port", str(target)]
+            done = subprocess.run(command, input=data, capture_output=True)
+            assert (done.returncode == 0) == (done.stdout == data) == whole, done.stderr
+
+
+def test_the_textbook_dies_of_an_urgent_byte_that_is_not_there_yet():
+    with textbook() as (process, port):
+        with socket.create_connection(("127.0.0.1", port)) as peer:
+            peer.send(b"!", socket.MSG_OOB)
+            assert process.wait(DEADLINE) == 1
 
 
 def test_the_fixture_works_as_it_stands(tmp_path):
