@@ -5,7 +5,7 @@ One poll(2) loop waits for the socket and for standard input (``Conversation``).
 depend on whether there are unsent bytes, those that were read and that send has not taken yet:
 
     unsent bytes    mask of the socket    mask of standard input
-    none            READ_ONLY             READ_ONLY until end of file (EOF), then none
+    none            READ_ONLY             READ_ONLY, and none after end of file (EOF) or a loss
     some            READ_WRITE            none: the next input waits in the kernel
 
 How input is read and how output is shown depends on what standard input and output are:
@@ -71,7 +71,7 @@ class Conversation:
         self.local = local
         self.unsent = memoryview(b"")
         self.reading = True  # until end of input, or until the connection is lost
-        self.receiving = True  # until the server closes, or until the connection is lost
+        self.receiving = True  # until the server closes, or until a receive fails
         self.loss_reason = ""  # why the connection was lost
         self.taken = 0  # bytes of the input, sent or not
         self.received = 0  # bytes
@@ -169,8 +169,8 @@ class LocalSide:
         """Show what the server has sent; b"" means that the server has closed."""
         raise NotImplementedError
 
-    def stop(self) -> None:
-        """Called at the end."""
+    def release(self) -> None:
+        """Called at the end; a second call changes nothing."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -203,14 +203,14 @@ class Copier(LocalSide):
 class TerminalSession(LocalSide):
     """A person types lines, and the terminal edits them.
 
-    The reply comes before the prompt: after Enter, the prompt is due when what the server has
+    The reply comes before the prompt: after Enter, the prompt comes when what the server has
     sent ends with a newline, or when the server was silent for a while (PATIENCE).
     """
 
     def __init__(self) -> None:
-        self._awaiting_reply = False
+        self._waiting_for_silence = False  # which brings the prompt, or a message at the end
         self._input_ended = False
-        self._unfinished = ""  # the unfinished line; here its last part is enough
+        self._unfinished = ""  # the unfinished line, or as much of it as is on the last row
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
 
@@ -222,25 +222,25 @@ class TerminalSession(LocalSide):
         self._take_terminal()
 
     def poll_timeout(self) -> int | None:
-        return PATIENCE if self._awaiting_reply else None
+        return PATIENCE if self._waiting_for_silence else None
 
     def on_silence(self) -> None:
         """Show the prompt; after end of input, tell what goes on."""
-        self._awaiting_reply = False
+        self._waiting_for_silence = False
         if not self._input_ended:
-            self._draw_prompt()
+            self._draw_last_row()
             return
-        self._finish_row()
+        self._finish_last_row()
         self._unfinished = ""
         say("waiting for the server to close; Ctrl-C leaves")
 
     def read(self) -> bytes | None:
-        data = os.read(0, READ_SIZE)  # the terminal gives one line
+        data = os.read(0, READ_SIZE)  # one line; its newline is missing if Ctrl-D ended it
         if not data:
             self._end_input()
             return data
-        self._unfinished = ""  # Enter has moved the cursor to the next row
-        self._awaiting_reply = True
+        self._unfinished = data.decode(errors="replace").rpartition("\n")[2]
+        self._waiting_for_silence = True
         return data
 
     def show(self, data: bytes) -> None:
@@ -248,7 +248,7 @@ class TerminalSession(LocalSide):
         if text:
             self._show_text(text)
 
-    def stop(self) -> None:
+    def release(self) -> None:
         self._leave_terminal()
         self._handle(signal.SIGTSTP, signal.SIG_DFL)
         self._handle(signal.SIGCONT, signal.SIG_DFL)
@@ -258,32 +258,33 @@ class TerminalSession(LocalSide):
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._prompt_due():
-            write("\n")  # the prompt and what is typed stay above
+        if self._has_prompt():
+            write("\n")  # the prompt stays, with what is typed
         write(escape_controls(text))
         self._unfinished = text.rpartition("\n")[2]
         if not self._input_ended:
-            self._awaiting_reply = bool(self._unfinished)
-            self._draw_prompt()
+            self._waiting_for_silence = bool(self._unfinished)
+            self._draw_last_row()
 
     def _end_input(self) -> None:
-        """From now on the job needs no terminal for input: it may run in the background."""
-        self.stop()
+        """Give the terminal back: from now on the job may run in the background."""
+        self.release()
         self._unfinished = ""
         self._input_ended = True
-        self._awaiting_reply = True
+        self._waiting_for_silence = True
 
-    def _prompt_due(self) -> bool:
-        return not self._awaiting_reply and not self._input_ended
+    def _has_prompt(self) -> bool:
+        """Whether the prompt is on the last row."""
+        return not self._waiting_for_silence and not self._input_ended
 
-    def _draw_prompt(self) -> None:
-        """Show the prompt, if it is due."""
-        if self._prompt_due():
+    def _draw_last_row(self) -> None:
+        """Draw the prompt, if the last row has one."""
+        if self._has_prompt():
             write(PROMPT)
 
-    def _finish_row(self) -> None:
+    def _finish_last_row(self) -> None:
         """Move the cursor to the start of a row."""
-        if self._unfinished or self._prompt_due():
+        if self._unfinished or self._has_prompt():
             write("\n")
 
     def _prepare_terminal(self) -> None:
@@ -294,7 +295,7 @@ class TerminalSession(LocalSide):
 
     def _leave_terminal(self) -> None:
         """Leave the terminal as it was found, with the cursor at the start of a row."""
-        self._finish_row()
+        self._finish_last_row()
         self._restore_terminal()
 
     def _handle(self, number: int, handler: Any) -> None:
@@ -305,15 +306,15 @@ class TerminalSession(LocalSide):
     def _take_terminal(self, *_: object) -> None:
         """Prepare the terminal and show the prompt; called at the start and by SIGCONT.
 
-        In the background, SIGTTIN stops the process until the shell moves it to the foreground
-        and sends SIGCONT, which calls this again.  A shell sends it to stopped processes only.
+        In the background the process stops itself by SIGTTIN.  It has to: a shell that moves it
+        to the foreground sends SIGCONT, which calls this again, only if the process is stopped.
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
             return
         self._prepare_terminal()
-        write("\r")  # a shell may have written to this row
-        self._draw_prompt()
+        write("\r")  # a shell may have written to this row: the prompt is drawn over it
+        self._draw_last_row()
 
     def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
@@ -331,10 +332,11 @@ class TerminalSession(LocalSide):
     def _suspend(self, number: int, _: object) -> None:
         """Ctrl-Z: stop, as without a handler, and take the terminal when the shell continues it.
 
-        The kernel does not stop an orphaned process group, which has no shell: this goes on.
+        In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
+        Then the process goes on at once.
         """
         self._leave_for_signal()
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # or the prompt would be shown twice
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # the last line here does its work
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         signal.signal(number, self._suspend)
@@ -374,10 +376,10 @@ class ReadlineSession(TerminalSession):
         super().on_silence()
 
     def read(self) -> bytes | None:
-        if self._awaiting_reply:  # a person who types ahead is not held up
-            self._awaiting_reply = False
+        if self._waiting_for_silence:  # a key brings the prompt at once
+            self._waiting_for_silence = False
             self._erase()
-            self._draw_prompt()
+            self._draw_last_row()
         self._library.rl_callback_read_char()
         if self._lines:
             data = b"".join(self._lines)
@@ -392,7 +394,7 @@ class ReadlineSession(TerminalSession):
         """Called by readline with the address of a finished line, or with None at end of input.
 
         ctypes drops exceptions that are raised here, so ``read`` acts on the line.  When this
-        returns, readline draws the new prompt.
+        returns, readline draws the last row anew, with the unfinished line on it.
         """
         if line is None:
             self._eof_seen = True
@@ -403,7 +405,7 @@ class ReadlineSession(TerminalSession):
         if text:
             self._library.add_history(text)
         self._lines.append(text + b"\n")
-        self._awaiting_reply = True
+        self._waiting_for_silence = True
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -415,15 +417,15 @@ class ReadlineSession(TerminalSession):
         if fills_half_a_screen(self._unfinished):  # readline could not erase it any more
             finished += escape_controls(self._unfinished) + "\n"
             self._unfinished = ""
-        if not self._unfinished:
-            self._awaiting_reply = False
+        if not self._unfinished:  # else the prompt stays or is missing, as it was
+            self._waiting_for_silence = False
         self._erase()
         write(finished)
-        self._draw_prompt()
+        self._draw_last_row()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._prompt_due() else ""
+        prompt = PROMPT if self._has_prompt() else ""
         return for_stdout(escape_controls(self._unfinished) + prompt)
 
     def _erase(self) -> None:
@@ -431,22 +433,23 @@ class ReadlineSession(TerminalSession):
         self._library.rl_clear_visible_line()
         self._library.fflush(None)  # readline writes through stdio
 
-    def _draw_prompt(self) -> None:
-        """Draw the prompt, the unfinished line before it and the typed text behind it."""
+    def _draw_last_row(self) -> None:
+        """Draw the unfinished line, the prompt if the last row has one, and the typed text."""
         self._library.rl_reset_screen_size()  # the window may have changed
         self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
 
-    def _finish_row(self) -> None:
+    def _finish_last_row(self) -> None:
         """Move the cursor behind the typed text first."""
         if not self._input_ended:
             self._library.rl_end_of_line(1, 0)
             self._library.rl_redisplay()
-        super()._finish_row()
+        super()._finish_last_row()
 
     def _prepare_terminal(self) -> None:
-        # After SIGSTOP readline believes that the terminal is prepared, so it is restored first.
+        # After SIGSTOP readline believes that the terminal is still prepared, and would do
+        # nothing.  rl_deprep_terminal() corrects that.
         self._library.rl_deprep_terminal()
         self._library.rl_prep_terminal(1)
 
@@ -457,24 +460,25 @@ class ReadlineSession(TerminalSession):
 def load_readline() -> Any:
     """Return GNU readline as a C library, or None if Python has none that knows this terminal.
 
-    Call this when descriptors 0 to 2 are open: libffi 3.8 takes the lowest free one.
+    Call this when descriptors 0 to 2 are open: ctypes with libffi 3.8 takes the lowest free one.
     """
     try:
         import ctypes
         import readline
 
-        library = ctypes.CDLL(readline.__file__)
+        library = ctypes.CDLL(readline.__file__)  # with the libraries that this file needs
         library.rl_get_termcap.restype = ctypes.c_char_p
         erase_sequence = library.rl_get_termcap(b"ce")  # to the end of the row: termcap(5)
-    except (ImportError, AttributeError, OSError):  # AttributeError: libedit, or no file
+    except (ImportError, AttributeError, OSError):
+        # AttributeError: it is libedit, or it is built into Python and has no __file__.
         return None
     return library if erase_sequence else None
 
 
 def fills_half_a_screen(text: str) -> bool:
-    """Whether it may; an estimate by UTF-8 bytes, of which a character has more than columns."""
+    """Whether it may do so: this counts bytes, of which no character has fewer than columns."""
     columns, rows = os.get_terminal_size(1)
-    return len(escape_controls(text).encode()) > (columns * rows or 80 * 24) / 2
+    return len(for_stdout(escape_controls(text))) > (columns * rows or 80 * 24) / 2
 
 
 def in_background() -> bool:
@@ -585,8 +589,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "if there was no connection; 2 for a usage error. Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
-    host = "of the server (default: %(default)s)"
-    add("--host", type=without_brackets, default="localhost", help=host)
+    host_help = "of the server (default: %(default)s)"
+    add("--host", type=without_brackets, default="localhost", help=host_help)
     add("--port", type=port_number, default=8800, help="its port (default: %(default)s)")
     add("--timeout", type=seconds, default=10, help="seconds to connect (default: %(default)s)")
     add("-v", "--verbose", action="store_true", help="print bytes, seconds and rate at the end")
@@ -615,7 +619,7 @@ def converse(options: argparse.Namespace) -> str:
             local.start()
             conversation.run()
         finally:
-            local.stop()
+            local.release()
         if options.verbose:
             took = time.monotonic() - started
             rate = conversation.received / took / 1e6
