@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from faults import in_namespaces
 from peers import DEADLINE, KIB, MIB, dial, exchange, pattern, read_to_end
 from processes import NO_SPIN, ROOT, SERVER, cpu_share, wait_until
 
@@ -288,9 +289,7 @@ def test_a_full_disk_that_has_room_again_has_whole_lines(logging_to, tmp_path):
     mount -t tmpfs -o size=16k none {tmp_path} && head -c 12288 /dev/zero >{tmp_path}/filler &&
     exec "$@" 2>{tmp_path}/log
     """
-    wrapper = ("unshare", "-rm", "sh", "-c", script, "sh")
-    if not shutil.which("unshare") or subprocess.run([*wrapper, "true"]).returncode:
-        pytest.skip("needs unshare(1) and user namespaces")
+    wrapper = (*in_namespaces("-rm"), "sh", "-c", script, "sh")
     service = logging_to(subprocess.DEVNULL, wrapper=wrapper)
     disk = Path(f"/proc/{service.pid}/root{tmp_path}")
     service.visit(100)

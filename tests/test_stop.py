@@ -10,7 +10,7 @@ import time
 
 import pytest
 from peers import DEADLINE, MIB, exchange, pattern, push, read_to_end, unacknowledged
-from processes import NO_SPIN, cpu_share, frozen, is_served, limited, wait_until
+from processes import NO_SPIN, cpu_share, frozen, is_served, limited, rests, wait_until
 
 
 def with_grace(serve, seconds, *options, **more):
@@ -24,6 +24,7 @@ def test_a_signal_stops_an_idle_server_at_once(serve, number):
         server = serve()
         with server.connect() as idle:
             assert exchange(idle, b"hello") == b"hello"
+            rests(server.pid)  # by now it is in a poll() that waits
             server.kill(number)
             start = time.monotonic()
             assert idle.recv(1) == b""
