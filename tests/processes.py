@@ -41,6 +41,16 @@ def memory(pid, peak=False):
     return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) * KIB
 
 
+def descendants(pid):
+    """The children of a process and theirs: proc(5), /proc/pid/task/tid/children."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(child)]
+    return found
+
+
 def cpu_share(pid, seconds=0.5):
     """The part of a core that a process takes meanwhile: clock_getcpuclockid(3)."""
     clock = ~pid << 3 | 2
@@ -133,6 +143,9 @@ class Server:
         """End the process, whatever state it is in, and look for what must never be there."""
         for peer in self.peers:
             peer.close()
+        for pid in descendants(self.pid):  # of a wrapper
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.wait()
         assert not self.matches("Traceback|Exception|race condition"), "\n".join(self.log)
