@@ -14,10 +14,12 @@ def in_namespaces(flags):
     """A wrapper with namespaces of its own, as root of them; skips where there can be none."""
     if not shutil.which("unshare"):
         pytest.skip("unshare is not installed: no namespace can be made")
-    done = subprocess.run(["unshare", flags, "true"], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        pytest.skip(f"no namespace can be made here: {done.stderr.strip()}")
-    return ("unshare", flags)
+    # In a chroot a user namespace cannot be made: user_namespaces(7).  There root needs none.
+    for wrapper in ("unshare", flags), ("unshare", flags.replace("r", "")):
+        done = subprocess.run([*wrapper, "true"], stderr=subprocess.PIPE, text=True)
+        if not done.returncode:
+            return wrapper
+    pytest.skip(f"no namespace can be made here: {done.stderr.strip()}")
 
 
 def with_hosts(path, *hosts):

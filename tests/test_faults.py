@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -153,52 +152,3 @@ def test_standard_streams_that_are_closed_or_full_at_start_are_not_missed(serve,
     assert exchange(server.connect(), pattern(MIB)) == pattern(MIB)
     rests(server.pid)
     assert server.stop() == 0
-
-
-# SIGUSR1 takes all the memory that a limit leaves, down to the smallest pieces; SIGUSR2 gives it
-# back.
-HOARDING = """
-import resource, signal, sys
-import poll_server
-hoard, full = None, b"no memory is left" + bytes([10])
-
-def take(*_):
-    global hoard
-    pages = int(open("/proc/self/statm").read().split()[0])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096, hard))
-    for size in [4096 * 64, 4096, *range(1024, 0, -16)]:
-        try:
-            while True:
-                hoard = (bytes(size), hoard)
-        except MemoryError:
-            pass
-    poll_server.os.write(2, full)
-
-def give(*_):
-    global hoard
-    while hoard:
-        hoard = hoard[1]
-
-signal.signal(signal.SIGUSR1, take)
-signal.signal(signal.SIGUSR2, give)
-sys.exit(poll_server.main())
-"""
-
-
-def test_a_shortage_of_memory_without_any_peer_is_outlived(serve):
-    server = serve(command=(sys.executable, "-c", HOARDING))
-    assert is_served(server)
-    server.wait_for_log(" closed: ")
-    server.kill(signal.SIGUSR1)
-    server.wait_for_log("^no memory is left$")
-    with contextlib.suppress(ConnectionError):
-        server.crowd(5, b"hello")
-    rests(server.pid)
-    assert server.process.poll() is None, "\n".join(server.log)
-    server.kill(signal.SIGUSR2)
-    wait_until(lambda: is_served(server), "a new peer to be served")
-    for peer in server.peers:
-        peer.close()
-    wait_until(lambda: len(server.matches("opened")) == len(server.matches("closed")), "the end")
-    assert server.stop() in (0, 1)

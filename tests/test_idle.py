@@ -8,7 +8,6 @@ import statistics
 import threading
 import time
 
-import pytest
 from faults import needs_strace
 from peers import DEADLINE, KIB, MIB, pattern, push, read_to_end, unacknowledged
 from processes import wait_until

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -216,16 +215,23 @@ def test_the_end_of_a_long_message_does_not_wait_for_an_acknowledgement(server):
         assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_two_stops_before_serving_lose_nothing_in_silence(started):
+def test_stops_before_serving_ask_for_one_drain_and_never_block():
+    """As a hail of signals: each request is a byte in a pair of sockets, which may be full."""
     with PollServer(HERE) as server, dial(server.server_address) as peer:
         (size,) = push(peer, most=MIB)
         for _ in range(2):
             server.shutdown()
-        started(server)
+        asking = threading.Thread(target=lambda: [server.request_stop() for _ in range(5000)])
+        asking.daemon = True
+        asking.start()
+        join(asking)
+        loop = threading.Thread(target=server.serve_forever, daemon=True)
+        loop.start()
         came = read_to_end(peer, reset_is_end=True)
-        server.shutdown()  # waits for the loop's end
-    assert came == pattern(len(came))
-    assert came == pattern(size) or server.cut == 1
+        join(loop)
+    assert len(came) == size
+    assert came == pattern(size)
+    assert server.cut == 0
 
 
 def test_a_second_shutdown_cuts_a_drain_short(started, caplog):
@@ -365,6 +371,29 @@ class Gate(logging.Handler):
         if self.word in record.getMessage():
             self.reached.set()
             self.open.wait(DEADLINE)
+
+
+class Lacking(logging.Handler):
+    """Finds no memory the first times that it is to log that a peer is about to be accepted."""
+
+    left = 3
+
+    def emit(self, record):
+        if record.getMessage().startswith("listener: ") and self.left:
+            self.left -= 1
+            raise MemoryError
+
+
+def test_a_shortage_of_memory_without_any_peer_ends_nothing(caplog, started):
+    caplog.set_level(logging.DEBUG)
+    handler = Lacking()
+    poll_server.log.addHandler(handler)
+    try:
+        with started(PollServer(HERE)) as server, dial(server.server_address) as peer:
+            assert exchange(peer, b"hello") == b"hello"
+            assert (handler.left, server.cut) == (0, 0)
+    finally:
+        poll_server.log.removeHandler(handler)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["with its end", "before its end"])

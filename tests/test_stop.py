@@ -119,7 +119,7 @@ def test_a_peer_in_the_middle_of_talking_may_go_on_for_a_moment(serve):
     def goes_on(server):
         with server.connect() as peer:
             exchange(peer, b"hello")
-            silent, _, _ = select.select([peer], [], [], 0.25)  # for longer than a stop waits
+            silent, _, _ = select.select([peer], [], [], 1.1)  # so a look has found it silent
             assert not silent
             server.kill()
             server.wait_for_log("^stopping")
