@@ -9,7 +9,7 @@ import threading
 import time
 
 from faults import needs_strace
-from peers import DEADLINE, KIB, MIB, pattern, push, read_to_end, unacknowledged
+from peers import DEADLINE, KIB, MIB, exchange, pattern, push, read_to_end, unacknowledged
 from processes import wait_until
 
 
@@ -139,6 +139,18 @@ def test_a_silent_peer_is_closed_at_the_timeout_or_a_tick_later(serve):
         assert min(late) > -0.01, (timeout, late)
         assert max(late) < tick(timeout) + may_be_late(), (timeout, late)
         assert statistics.median(late) < tick(timeout) + 0.1, (timeout, late)
+
+
+def test_a_peer_that_speaks_now_and_then_is_not_idle(serve):
+    """Nothing is under way while it is silent, for less than the timeout each time."""
+    server = serve("--idle-timeout", "1")
+    (peer,) = server.crowd(1)
+    start = spoke = time.monotonic()
+    while spoke < start + 2.7:
+        closed = select.select([peer], [], [], 0.3)[0]
+        assert not closed or time.monotonic() - spoke >= 1, server.log
+        spoke = time.monotonic()
+        assert exchange(peer, b"a word") == b"a word"
 
 
 def trickle(peer, size, rate, seconds):

@@ -23,13 +23,6 @@ from poll_server import PollServer
 HERE = ("127.0.0.1", 0)
 
 
-def with_grace(seconds):
-    """A server whose peers have so many seconds to take their bytes at a stop."""
-    server = PollServer(HERE)
-    server.grace = seconds
-    return server
-
-
 @pytest.fixture
 def started():
     """Serve in a thread, which must have ended when the test ends."""
@@ -236,7 +229,7 @@ def test_stops_before_serving_ask_for_one_drain_and_never_block():
 
 def test_a_second_shutdown_cuts_a_drain_short(started, caplog):
     caplog.set_level(logging.INFO)
-    with started(with_grace(3600)) as server, dial(server.server_address) as peer:
+    with started(PollServer(HERE, grace=3600)) as server, dial(server.server_address) as peer:
         (size,) = push(peer)
         first = threading.Thread(target=server.shutdown)
         first.start()
@@ -282,8 +275,8 @@ def test_after_an_exception_nobody_is_left_to_wait_and_serving_again_returns():
 def test_leaving_the_with_block_closes_all_that_is_open(started):
     before = descriptors()
     with (
-        started(with_grace(0.01)) as one,
-        started(with_grace(0.01)) as two,
+        started(PollServer(HERE, grace=0.01)) as one,
+        started(PollServer(HERE, grace=0.01)) as two,
         PollServer(HERE) as idle,
     ):
         peers = [dial(server.server_address, 4096) for server in (one, two, idle)]

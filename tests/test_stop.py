@@ -14,7 +14,10 @@ from processes import NO_SPIN, cpu_share, frozen, is_served, limited, rests, wai
 
 
 def with_grace(serve, seconds, *options, **more):
-    code = f"import poll_server as p; p.PollServer.grace = {seconds}; p.sys.exit(p.main())"
+    """The command, whose peers have so many seconds at a stop: a parameter of ``PollServer``."""
+    code = "import functools, poll_server as p;"
+    code += f"p.PollServer = functools.partial(p.PollServer, grace={seconds});"
+    code += "p.sys.exit(p.main())"
     return serve(*options, command=(sys.executable, "-c", code), **more)
 
 
