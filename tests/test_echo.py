@@ -176,15 +176,21 @@ def test_want_of_memory_costs_peers_their_connection_and_nobody_else_anything(se
     bystander = server.connect()
     exchange(bystander, b"hello")
     stuck = [server.connect(receive_buffer=4096, far=words == 1) for _ in range(150)]
+    pieces = {peer: [] for peer in stuck}
     for peer in stuck * words:  # many small receives: then poll() is short of memory too
         with contextlib.suppress(ConnectionError, BlockingIOError):
             peer.setblocking(False)
-            peer.send(PATTERN[: random.choice([1, 50, 500, 9000])])
-    push(*stuck, most=8 * MIB, quiet=0.1)
+            pieces[peer].append(peer.send(PATTERN[: random.choice([1, 50, 500, 9000])]))
+    sizes = push(*stuck, most=8 * MIB, quiet=0.1)
     server.wait_for_log("closed: .* out of memory")
     assert exchange(bystander, pattern(MIB)) == pattern(MIB)
-    for peer in stuck:
-        reset(peer)
+    for peer, size in zip(stuck, sizes):  # what comes to those that are left has no gap
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+        with contextlib.suppress(OSError):
+            peer.shutdown(socket.SHUT_WR)
+        whole = b"".join(PATTERN[:length] for length in pieces[peer]) + pattern(size)
+        assert whole.startswith(read_to_end(peer, reset_is_end=True))
+        peer.close()
     server.wait_for_log("closed", 150)
     assert exchange(bystander, b"still there?") == b"still there?"
     assert server.stop() == 1  # for those it had to cut
