@@ -143,9 +143,10 @@ class Server:
         """End the process, whatever state it is in, and look for what must never be there."""
         for peer in self.peers:
             peer.close()
-        for pid in descendants(self.pid):  # of a wrapper
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            for pid in descendants(self.pid):  # of a wrapper
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.wait()
         assert not self.matches("Traceback|Exception|race condition"), "\n".join(self.log)
