@@ -60,11 +60,16 @@ def cpu_share(pid, seconds=0.5):
 
 
 def rests(pid):
-    """Wait until the process takes next to nothing of a core for a tenth of a second.
+    """Wait until the process sleeps, and takes next to nothing of a core for a tenth of a second.
 
-    A loop that spins never does; what is left of the work before it is waited for.
+    A loop that spins never does; what is left of the work before it is waited for.  On a loaded
+    machine a loop that spins may take nothing either, but then it waits for a core: R.
     """
-    wait_until(lambda: cpu_share(pid, 0.1) < NO_SPIN, "the process to rest")
+
+    def rested():
+        return state(pid) != "R" and cpu_share(pid, 0.1) < NO_SPIN and state(pid) != "R"
+
+    wait_until(rested, "the process to rest")
 
 
 @contextlib.contextmanager
