@@ -84,7 +84,8 @@ def failures(copy: Path, tests: list[str]) -> tuple[list[str], str]:
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise ValueError(f"pytest could not run {' '.join(tests)}:\n{done.stdout}{done.stderr}")
-    return re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE), done.stdout
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return failed, done.stdout
 
 
 def outcome(defect: Defect, copy: Path) -> tuple[bool, str]:

@@ -10,19 +10,36 @@ from pathlib import Path
 import pytest
 
 
+def in_namespaces(flags):
+    """A wrapper with namespaces of its own, as root of them; skips where there can be none."""
+    if not shutil.which("unshare"):
+        pytest.skip("unshare is not installed: no namespace can be made")
+    # In a chroot a user namespace cannot be made: user_namespaces(7).  There root needs none.
+    for wrapper in ("unshare", flags), ("unshare", flags.replace("r", "")):
+        done = subprocess.run([*wrapper, "true"], stderr=subprocess.PIPE, text=True)
+        if not done.returncode:
+            return wrapper
+    pytest.skip(f"no namespace can be made here: {done.stderr.strip()}")
+
+
 def with_hosts(path, *hosts):
-    """A wrapper in which the name several.test has these addresses; skips where none can be."""
+    """A wrapper in which the name several.test has these addresses."""
     (path / "hosts").write_text("".join(f"{host} several.test\n" for host in hosts))
     script = f'mount --bind {path / "hosts"} /etc/hosts && exec "$@"'
-    wrapper = ("unshare", "-rm", "sh", "-c", script, "sh")
-    if not shutil.which("unshare") or subprocess.run([*wrapper, "true"]).returncode:
-        pytest.skip("needs unshare(1) and user namespaces")
+    wrapper = (*in_namespaces("-rm"), "sh", "-c", script, "sh")
+    done = subprocess.run([*wrapper, "true"], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        pytest.skip(f"/etc/hosts cannot be replaced in a namespace: {done.stderr.strip()}")
     return wrapper
 
 
-def inject(call, error, when):
+def needs_strace():
     if not shutil.which("strace"):
         pytest.skip("strace is not installed: no system call can be made to fail")
+
+
+def inject(call, error, when):
+    needs_strace()
     call = "poll,ppoll" if call == "poll" else call  # from CPython 3.15 on select.poll calls ppoll
     return "strace", "-f", "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"
 

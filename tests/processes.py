@@ -41,6 +41,16 @@ def memory(pid, peak=False):
     return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) * KIB
 
 
+def descendants(pid):
+    """The children of a process and theirs: proc(5), /proc/pid/task/tid/children."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(child)]
+    return found
+
+
 def cpu_share(pid, seconds=0.5):
     """The part of a core that a process takes meanwhile: clock_getcpuclockid(3)."""
     clock = ~pid << 3 | 2
@@ -50,11 +60,16 @@ def cpu_share(pid, seconds=0.5):
 
 
 def rests(pid):
-    """Wait until the process takes next to nothing of a core for a tenth of a second.
+    """Wait until the process sleeps, and takes next to nothing of a core for a tenth of a second.
 
-    A loop that spins never does; what is left of the work before it is waited for.
+    A loop that spins never does; what is left of the work before it is waited for.  On a loaded
+    machine a loop that spins may take nothing either, but then it waits for a core: R.
     """
-    wait_until(lambda: cpu_share(pid, 0.1) < NO_SPIN, "the process to rest")
+
+    def rested():
+        return state(pid) != "R" and cpu_share(pid, 0.1) < NO_SPIN and state(pid) != "R"
+
+    wait_until(rested, "the process to rest")
 
 
 @contextlib.contextmanager
@@ -133,6 +148,10 @@ class Server:
         """End the process, whatever state it is in, and look for what must never be there."""
         for peer in self.peers:
             peer.close()
+        if self.process.poll() is None:
+            for pid in descendants(self.pid):  # of a wrapper
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.wait()
         assert not self.matches("Traceback|Exception|race condition"), "\n".join(self.log)

@@ -5,14 +5,22 @@ import re
 import resource
 import select
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from faults import AS_TRACEABLE, failing, with_hosts
+from faults import AS_TRACEABLE, failing, needs_strace, with_hosts
 from peers import DEADLINE, KIB, MIB, exchange, pattern, push, read_to_end, receive, reset
-from processes import MANY, frozen, is_served, limited, memory, rests, wait_until
+from processes import (
+    MANY,
+    descendants,
+    frozen,
+    is_served,
+    limited,
+    memory,
+    rests,
+    wait_until,
+)
 
 
 def test_it_listens_on_every_address_with_the_same_port(serve):
@@ -235,16 +243,28 @@ def test_idle_peers_are_closed_and_do_not_keep_a_talking_one_out(serve):
     server.wait_for_log("closed: 5 bytes in, 5 out, idle for 1 s$", 10)
 
 
-def test_the_soft_limit_of_descriptors_is_raised_if_the_system_lets(serve):
-    both = ("sh", "-c", 'ulimit -S -n 64; ulimit -H -n 256; exec "$@"', "sh")
-    server = serve(wrapper=both)
+SOFT_AND_HARD = ("sh", "-c", 'ulimit -S -n 64; ulimit -H -n 256; exec "$@"', "sh")
+
+
+def test_the_soft_limit_of_descriptors_is_raised(serve):
+    server = serve(wrapper=SOFT_AND_HARD)
     assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (256, 256)
-    refusing = "import resource, sys, poll_server;"
-    refusing += "resource.setrlimit = lambda *_: int('refused');"
-    refusing += "sys.exit(poll_server.main())"
-    server = serve(command=(sys.executable, "-c", refusing), wrapper=both)
-    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (64, 256)
+
+
+def test_a_soft_limit_that_cannot_be_raised_is_lived_with(serve, tmp_path):
+    """As where the hard limit is above fs.nr_open.  The same run tells which call to fail."""
+    needs_strace()
+    trace = tmp_path / "trace"
+    words = (*SOFT_AND_HARD, "strace", "-qq", "-o", str(trace), "-e", "trace=prlimit64")
+    serve(wrapper=words)
+    calls = trace.read_text().splitlines()
+    raises = "RLIMIT_NOFILE, {rlim_cur=256, rlim_max=256}"
+    (number,) = [number for number, call in enumerate(calls, 1) if raises in call]
+    server = serve(wrapper=(*words, "-e", f"inject=prlimit64:error=EPERM:when={number}"))
+    assert "INJECTED" in trace.read_text()
     assert is_served(server)
+    (child,) = descendants(server.pid)
+    assert resource.prlimit(child, resource.RLIMIT_NOFILE) == (64, 256)
 
 
 def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
@@ -272,11 +292,62 @@ def test_a_lasting_failure_of_accept_is_tried_again_once_a_second(serve):
         assert len(server.matches("not accepting")) <= 2 + turns / 5
 
 
+# accept(2), "Error handling": an error of the connection that was to be accepted.
+PASSING = "ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENONET ENOPROTOOPT"
+PASSING += " EOPNOTSUPP EPROTO ETIMEDOUT"
+
+
 def test_connections_that_break_while_they_wait_hold_up_no_others(serve):
-    """accept(2), ECONNABORTED; there is no warning, as there is nothing to be done."""
+    """There is no warning, as there is nothing to be done."""
     server = serve(wrapper=AS_TRACEABLE)
-    with failing(server.pid, "accept4", "ECONNABORTED", "1..3") as failed:
-        for peer in server.crowd(5, b"hello"):
+    for error in PASSING.split():
+        with failing(server.pid, "accept4", error, "1..3") as failed:
+            for peer in server.crowd(5, b"hello"):
+                assert receive(peer, 5) == b"hello"
+            assert failed() == 3
+        assert not server.matches("not accepting"), error
+
+
+def test_a_flood_beside_hundreds_keeps_to_the_limit(serve):
+    """The more peers there are, the more are accepted at once; none of them is one too many."""
+    limit = 350
+    server = serve("--max-connections", str(limit))
+    served = server.crowd(limit - 50, b"hello")
+    assert [receive(peer, 5) for peer in served] == [b"hello"] * len(served)
+    with frozen(server.pid):
+        waiting = server.crowd(200, b"hello")
+    server.wait_for_log("^not accepting: 350 connections are open, which is the limit")
+    rests(server.pid)
+    while waiting:
+        come = select.select(waiting, [], [], DEADLINE)[0]
+        assert come, "some are never served"
+        for peer in come:
             assert receive(peer, 5) == b"hello"
-        assert failed() == 3
-    assert not server.matches("not accepting")
+            waiting.remove(peer)
+            served.append(peer)
+        places = min(60, len(waiting))
+        for peer in served[:places]:
+            peer.close()
+        del served[:places]
+    count = most = 0
+    for line in server.log:
+        count += line.endswith(" opened")
+        count -= " closed: " in line
+        most = max(most, count)
+    assert most == limit
+
+
+def test_a_shortage_in_the_midst_of_a_flood_loses_nobody(serve):
+    """Beside hundreds several are accepted at once, of which the first ones find descriptors."""
+    server = serve(wrapper=limited(250))
+    served = server.crowd(200, b"hello")
+    assert [receive(peer, 5) for peer in served] == [b"hello"] * len(served)
+    with frozen(server.pid):
+        waiting = server.crowd(100, b"hello")
+    server.wait_for_log("^not accepting: accept: Too many open files")
+    rests(server.pid)
+    assert exchange(served[0], b"still there?") == b"still there?"
+    for peer in served:
+        peer.close()
+    assert [receive(peer, 5) for peer in waiting] == [b"hello"] * len(waiting)
+    assert server.stop() == 0

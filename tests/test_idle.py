@@ -3,14 +3,13 @@
 import contextlib
 import re
 import select
-import shutil
 import signal
 import statistics
 import threading
 import time
 
-import pytest
-from peers import DEADLINE, KIB, MIB, pattern, push, read_to_end, unacknowledged
+from faults import needs_strace
+from peers import DEADLINE, KIB, MIB, exchange, pattern, push, read_to_end, unacknowledged
 from processes import wait_until
 
 
@@ -101,8 +100,7 @@ def test_a_standstill_does_not_spare_a_silent_peer(serve):
 
 def test_one_long_turn_makes_no_talking_peer_idle(serve, tmp_path):
     """A single receive takes longer than the timeout, as if the machine were that slow."""
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed: no system call can be delayed")
+    needs_strace()
     words = ["strace", "-f", "-qq", "-e", "trace=recvfrom", "-o", str(tmp_path / "trace")]
     words += ["-e", "inject=recvfrom:delay_enter=1500000:when=2000"]
     server = serve("--idle-timeout", "1", wrapper=words)
@@ -143,6 +141,18 @@ def test_a_silent_peer_is_closed_at_the_timeout_or_a_tick_later(serve):
         assert statistics.median(late) < tick(timeout) + 0.1, (timeout, late)
 
 
+def test_a_peer_that_speaks_now_and_then_is_not_idle(serve):
+    """Nothing is under way while it is silent, for less than the timeout each time."""
+    server = serve("--idle-timeout", "1")
+    (peer,) = server.crowd(1)
+    start = spoke = time.monotonic()
+    while spoke < start + 2.7:
+        closed = select.select([peer], [], [], 0.3)[0]
+        assert not closed or time.monotonic() - spoke >= 1, server.log
+        spoke = time.monotonic()
+        assert exchange(peer, b"a word") == b"a word"
+
+
 def trickle(peer, size, rate, seconds):
     """Read at a steady rate for so long; returns what came before an end of file."""
     came, start = bytearray(), time.monotonic()
@@ -166,10 +176,11 @@ def bytes_told(server, peer):
 
 def test_a_slow_reader_is_served_and_one_that_reads_nothing_is_closed_with_a_warning(serve):
     """The slow one reads 200 kB a second, for longer than a silent peer would last."""
-    server, quiet = serve("--idle-timeout", "2"), serve("--idle-timeout", "2", "--port", "0")
-    assert quiet.stop() == 0
-    quiet = serve("-q", "--idle-timeout", "2", "--port", str(quiet.port), ready=False)
-    quiet.port = int(quiet.process.args[-1])
+    server, loud = serve("--idle-timeout", "2"), serve("--host", "127.0.0.1")
+    assert loud.stop() == 0
+    here = ("--host", "127.0.0.1", "--port", str(loud.port))
+    quiet = serve("-q", "--idle-timeout", "2", *here, ready=False)
+    quiet.port = loud.port
     slow = server.connect()
     wait_until(lambda: reachable(quiet), "the quiet server to listen")
     stuck = [server.connect(), quiet.connect(), quiet.connect(far=True)]

@@ -9,6 +9,7 @@ import fcntl
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import socket
@@ -18,6 +19,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from faults import in_namespaces
 from peers import DEADLINE, KIB, MIB, dial, exchange, pattern, read_to_end
 from processes import NO_SPIN, ROOT, SERVER, cpu_share, wait_until
 
@@ -288,9 +290,7 @@ def test_a_full_disk_that_has_room_again_has_whole_lines(logging_to, tmp_path):
     mount -t tmpfs -o size=16k none {tmp_path} && head -c 12288 /dev/zero >{tmp_path}/filler &&
     exec "$@" 2>{tmp_path}/log
     """
-    wrapper = ("unshare", "-rm", "sh", "-c", script, "sh")
-    if not shutil.which("unshare") or subprocess.run([*wrapper, "true"]).returncode:
-        pytest.skip("needs unshare(1) and user namespaces")
+    wrapper = (*in_namespaces("-rm"), "sh", "-c", script, "sh")
     service = logging_to(subprocess.DEVNULL, wrapper=wrapper)
     disk = Path(f"/proc/{service.pid}/root{tmp_path}")
     service.visit(100)
@@ -301,6 +301,29 @@ def test_a_full_disk_that_has_room_again_has_whole_lines(logging_to, tmp_path):
     with (disk / "log").open() as log:  # the disk goes with the process
         assert service.stop() == 0
         assert all_is_accounted_for(log.read(), service.visits)
+
+
+def test_a_disk_that_has_room_for_a_few_bytes_at_a_time_has_whole_lines(
+    logging_to, opened, tmp_path
+):
+    """So little that a part of a line goes in parts, too: setrlimit(2), RLIMIT_FSIZE."""
+    log = tmp_path / "log"
+    theirs = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
+    opened.append(theirs)
+    service = logging_to(theirs)
+
+    def limit_to(size):
+        hard = resource.RLIM_INFINITY
+        resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    for room in (0, 20, 3, 1, 7, 2, 30, 5, 61, 1, 1, 90, 4, 2, 0, 40, 6, 3):
+        limit_to(log.stat().st_size + room)
+        service.visit(1)
+        assert service.process.poll() is None
+    limit_to(resource.RLIM_INFINITY)
+    service.visit(5)
+    assert service.stop() == 0
+    assert all_is_accounted_for(log.read_text(), service.visits)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one opening", "two openings"])

@@ -10,11 +10,14 @@ import time
 
 import pytest
 from peers import DEADLINE, MIB, exchange, pattern, push, read_to_end, unacknowledged
-from processes import NO_SPIN, cpu_share, frozen, is_served, limited, wait_until
+from processes import NO_SPIN, cpu_share, frozen, is_served, limited, rests, wait_until
 
 
 def with_grace(serve, seconds, *options, **more):
-    code = f"import poll_server as p; p.PollServer.grace = {seconds}; p.sys.exit(p.main())"
+    """The command, whose peers have so many seconds at a stop: a parameter of ``PollServer``."""
+    code = "import functools, poll_server as p;"
+    code += f"p.PollServer = functools.partial(p.PollServer, grace={seconds});"
+    code += "p.sys.exit(p.main())"
     return serve(*options, command=(sys.executable, "-c", code), **more)
 
 
@@ -24,6 +27,7 @@ def test_a_signal_stops_an_idle_server_at_once(serve, number):
         server = serve()
         with server.connect() as idle:
             assert exchange(idle, b"hello") == b"hello"
+            rests(server.pid)  # by now it is in a poll() that waits
             server.kill(number)
             start = time.monotonic()
             assert idle.recv(1) == b""
@@ -118,7 +122,7 @@ def test_a_peer_in_the_middle_of_talking_may_go_on_for_a_moment(serve):
     def goes_on(server):
         with server.connect() as peer:
             exchange(peer, b"hello")
-            silent, _, _ = select.select([peer], [], [], 0.25)  # for longer than a stop waits
+            silent, _, _ = select.select([peer], [], [], 1.1)  # so a look has found it silent
             assert not silent
             server.kill()
             server.wait_for_log("^stopping")
