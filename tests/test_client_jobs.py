@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from peers import read_to_end, receive
 from processes import cpu_share, state, wait_until
-from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_BASH, IN_SHELL, NO_READLINE, prompt
+from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_BASH, IN_SHELL, LEFT, NO_READLINE, prompt
 
 JOB = '"$@"'  # what bash calls the client
 
@@ -92,7 +92,9 @@ def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end
         user.ends_in("fg" if "bg" in way else "$ fg", JOB, *rows)
     peer.sendall(b"news\n")
     user.ends_in(JOB, "news", *rows)
-    user.type("ne" + ENTER)
+    user.type("e" + LEFT + "n")  # it is edited: the terminal alone would show the key
+    user.ends_in(JOB, "news", *re.findall(".{1,80}", prompt(typed + "ne")))
+    user.type(ENTER)
     assert receive(peer, len(typed) + 3).decode() == f"{typed}ne\n"
     user.type(CTRL_C)
     user.ends_in("$")
