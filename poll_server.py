@@ -15,9 +15,9 @@ Unsent bytes are those that were received from the peer, and that send has not t
 wait in a queue of the connection.  The mask follows from them and from what the peer does:
 
     unsent bytes        the peer          mask
-    none                is sending        READ_ONLY
-    some                is sending        READ_WRITE
-    the queue is full   is sending        WRITE_ONLY, and TCP slows the peer down
+    none                may still send    READ_ONLY
+    some                may still send    READ_WRITE
+    the queue is full   may still send    WRITE_ONLY, and TCP slows the peer down
     some                has half-closed   WRITE_ONLY
     none                has half-closed   none, and the loop closes the connection
 
@@ -27,7 +27,7 @@ What poll(2) reports about a TCP socket, and what the loop does about it:
                a connection in the backlog      accept it
     POLLOUT    room in the send buffer          send one chunk
     POLLERR    the connection has failed        receive or send, which raises the reason
-    POLLHUP    both directions are shut down    receive or send, which tells the same
+    POLLHUP    both directions are shut down    receive or send, which reports the end
     POLLNVAL   the descriptor is not open       forget it: another part of the program closed it
     POLLPRI    an urgent byte was announced     not asked for
 
@@ -73,15 +73,15 @@ WRITE_ONLY = select.POLLOUT
 READ_WRITE = READ_ONLY | WRITE_ONLY
 
 RECEIVE_SIZE = 224 * 1024  # bytes; with 128 KiB bulk transfers are 3 % slower
-CHUNK_SIZE = 8 * 1024  # bytes per receive while there are unsent ones
-QUEUE_CHUNKS = 3  # the first one has up to RECEIVE_SIZE bytes, so 240 KiB are unsent at most
+CHUNK_SIZE = 8 * 1024  # bytes per receive while there is a queue
+QUEUE_CHUNKS = 3  # the first one is the rest of a large receive, so 240 KiB are unsent at most
 
-BACKLOG = socket.SOMAXCONN  # connections: as many as the system allows, listen(2)
+BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
-PORT_TRIES = 10  # for port 0: the port of the first address may be taken on another one
+PORT_TRIES = 10  # for port 0: the port that the first address gets may be in use on another one
 TICK = 1.0  # seconds between two rounds of housekeeping, at most
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
-DRAIN_ROUNDS = 4  # of silence, before a drain closes a connection: a delayed ACK takes 0.04 s
+DRAIN_ROUNDS = 4  # rounds of silence, 0.2 s, before a drain closes: a delayed ACK takes 0.04 s
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
@@ -143,7 +143,7 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With unsent bytes, any event but a plain POLLIN goes to send: POLLERR fails there too.
+        # With a queue, any event but a plain POLLIN goes to send, which raises errors as recv does.
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
@@ -184,12 +184,15 @@ class Connection:
         return self._ask_kernel(termios.TIOCOUTQ)
 
     def undelivered(self) -> int:
-        """Bytes that the peer has sent and not got back: unread, unsent or unacknowledged."""
+        """Bytes that the peer has sent and not got back.
+
+        They are not received yet, or not sent yet, or the peer's kernel has not acknowledged them.
+        """
         unread = self._ask_kernel(termios.FIONREAD)
         return unread + self.received - self.sent + self.unacknowledged()
 
     def _ask_kernel(self, request: int) -> int:
-        """A count of bytes; tcp(7) calls FIONREAD SIOCINQ, and TIOCOUTQ SIOCOUTQ."""
+        """A count of bytes; tcp(7) has other names: SIOCINQ for FIONREAD, SIOCOUTQ for TIOCOUTQ."""
         try:
             answer = fcntl.ioctl(self.sock, request, bytes(4))
         except (OSError, ValueError):  # the descriptor was closed by another part of the program
@@ -198,7 +201,7 @@ class Connection:
 
 
 class PollServer:
-    """An echo server with the names of ``socketserver.BaseServer``.
+    """An echo server whose methods have the names of those of ``socketserver.BaseServer``.
 
     As a pytest fixture:
 
@@ -218,21 +221,21 @@ class PollServer:
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel.  None: there is no limit.
     idle_timeout: seconds.  A silent peer, one without an event, is closed at this time or up to
-        a second later.  A peer that does not take its bytes is closed after twice this time at
-        most.  None: no peer is closed for its silence.
+        a second later.  A peer that does not take its bytes is closed at twice this time or up
+        to two seconds later.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
-    grace: seconds.  At a stop, the peers have so much time to take their bytes.  Service
-        managers wait for 10 seconds or more before they kill.
+    grace: seconds.  After a stop is requested, the peers have this much time to take their
+        bytes.  Service managers wait for 10 seconds or more before they kill.
 
     Raises ``TypeError`` or ``ValueError`` for an argument that makes no sense, ``OSError`` if an
     address cannot be listened on, and its subclass ``socket.gaierror`` if the host cannot be
-    resolved.  The ``strerror`` is a line for the user.
+    resolved.  Its ``strerror`` is one line that can be shown to the user.
 
     Attributes:
 
     server_address: the first ``(host, port)`` that it listens on.
     cut: how many connections the server had to close before their peers had all their bytes,
-        for shortage of memory or at the end of a drain.
+        for shortage of memory or at a stop.  A peer that is closed as idle does not count.
     lost: the bytes that those peers have not got.
     """
 
@@ -262,7 +265,7 @@ class PollServer:
         self.cut = 0
         self.lost = 0
         self.stop_requests = 0
-        self.fd_to_socket: dict[int, Connection] = {}
+        self.fd_to_socket: dict[int, Connection] = {}  # a connection owns its socket
         self.poller = Poller()
         self._max_connections = math.inf if max_connections is None else max_connections
         self._idle_rounds = math.inf  # of silence, after which a connection is idle
@@ -346,7 +349,7 @@ class PollServer:
             return []
 
     def _handle_other(self, fd: int, flags: int) -> None:
-        """Act on an event of a listener, or of a descriptor that is none of the connections'."""
+        """Act on an event of a listener, or of another descriptor that is no connection's."""
         listener = self.listeners.get(fd)
         if listener:
             log.debug("listener: %s", flag_names(flags))
@@ -359,11 +362,11 @@ class PollServer:
 
     def _handle_failure(self, fd: int, flags: int, error: OSError | MemoryError) -> None:
         """Close the connection whose receive or send has failed."""
-        connection = self.fd_to_socket[fd]
-        log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
         if isinstance(error, MemoryError):  # bytes that were received are gone
             self._cut(fd, reason(error))
-        elif flags & select.POLLNVAL:
+            return
+        log.debug("%s %s: %s", self.fd_to_socket[fd].peer, flag_names(flags), reason(error))
+        if flags & select.POLLNVAL:
             self._forget(fd)
         else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
             self._close(fd, reason(error))
@@ -376,10 +379,10 @@ class PollServer:
         self.fd_to_socket[fd].sock.detach()
         self._close(fd, "its descriptor was closed")
 
-    def _close(self, fd: int, why: str, lost: int = 0) -> None:
-        """Close a connection and log why; ``lost`` are the bytes that its peer will not get.
+    def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
+        """Close a connection and log why, with the bytes that its peer will not get.
 
-        If an exception ends this early, the connection is still in the table or all is done.
+        If an exception interrupts this, the connection is still in the table, or it is closed.
         """
         connection = self.fd_to_socket[fd]
         self.poller.unregister(fd)
@@ -388,21 +391,21 @@ class PollServer:
         del self.fd_to_socket[fd]
         line = "%s closed: %d bytes in, %d out, %s"
         arguments = [connection.peer, connection.received, connection.sent, why]
-        if lost:
-            log.warning(line + ", %d bytes lost", *arguments, lost)
+        if undelivered:
+            log.warning(line + ", %d bytes lost", *arguments, undelivered)
         else:
             log.info(line, *arguments)
         self._resume_accepting()
 
     def _cut(self, fd: int, why: str) -> None:
-        """Close a connection although its peer may not have all its bytes, and count the loss."""
+        """Close a connection at once, and count it if its peer has not all its bytes."""
         connection = self.fd_to_socket[fd]
         connection.queue = None  # frees memory, which the next lines may need
-        lost = connection.undelivered()  # by its counters, which are still right
-        if lost:
+        undelivered = connection.undelivered()  # its counters do not need the queue
+        if undelivered:
             self.cut += 1
-            self.lost += lost
-        self._close(fd, why, lost)
+            self.lost += undelivered
+        self._close(fd, why, undelivered)
 
     def _free_memory(self) -> None:
         """Cut the connection with the most unsent bytes; without memory the process would end."""
@@ -424,6 +427,7 @@ class PollServer:
             return False
         try:
             sock, address = listener.accept()
+            self._add_connection(sock, printable(address))
         except BlockingIOError:  # the backlog is empty
             return False
         except (OSError, MemoryError) as error:
@@ -431,7 +435,6 @@ class PollServer:
                 return True
             self._pause_accepting(logging.WARNING, f"accept: {reason(error)}")
             return False
-        self._add_connection(sock, printable(address))
         return True
 
     def _add_connection(self, sock: socket.socket, peer: str) -> None:
@@ -537,9 +540,10 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what is on its way, and close each connection when its peer has all its bytes.
 
-        The rule for idle connections closes them, with a shorter timeout.  Its condition, that
-        the peer has acknowledged all, is needed: if a byte of the peer arrives after close(), the
-        kernel sends a reset, and what is still on its way is lost (RFC 1122, section 4.2.2.13).
+        After a short silence ``_close_if_idle`` closes a connection whose peer has acknowledged
+        every byte.  Without that condition bytes could be lost: if the peer sends a byte after
+        close(), the kernel answers with a reset, and forgets what it has still to deliver
+        (RFC 1122, section 4.2.2.13).
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
@@ -572,7 +576,7 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
                     break
-        if self.listeners.keys() <= self.poller.masks.keys():
+        if all(fd in self.poller.masks for fd in self.listeners):  # accepting is not paused
             self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -586,15 +590,15 @@ class PollServer:
 class Poller:
     """``select.poll``, made fast for many descriptors of which few are busy.
 
-    The kernel looks at every descriptor of a poll: a full poll, one of all descriptors, costs
-    0.1 us or more for each.  So a full poll is followed by polls of the busy descriptors alone,
+    The kernel looks at every descriptor of a poll.  A full poll has all descriptors, and costs
+    0.1 us or more for each.  So it is followed by polls of the busy descriptors alone,
     for a time that grows with the number of all of them (PATIENCE).  An idle descriptor that
     gets an event waits for that time at most.
 
-    A descriptor is busy if it had an event, or was registered, since the full poll before.
+    Busy descriptors had an event, or were registered, between the last two full polls or since.
     """
 
-    FEW = 100  # descriptors, up to which every poll is a full one: it makes 10 peers 7 % faster
+    FEW = 100  # with so many descriptors or fewer every poll is full: 10 peers are 7 % faster
     PATIENCE = 2e-6  # seconds for each descriptor, from one full poll to the next
     SPIN = 50e-6  # seconds to poll without waiting: it makes a single fast peer 2.8 times faster
 
@@ -631,7 +635,8 @@ class Poller:
         time_left = self._next_full_poll - time.monotonic()
         if time_left > 0:
             events = self._busy.poll(min(int(time_left * 1000), timeout))
-            # After a standstill of the process, the others come first: these are reported again.
+            # If the full poll is due by now, it comes first, so that idle descriptors do not wait
+            # longer.  It reports these events again.
             if events and time.monotonic() < self._next_full_poll:
                 self._next_busy.update(dict(events))  # the keys: the descriptors
                 return events
@@ -645,10 +650,10 @@ class Poller:
         return events
 
     def _full_poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Poll all descriptors: first with timeout 0, as that costs a third for each descriptor.
+        """Poll all descriptors; with timeout 0 that costs a third of a poll that may wait.
 
-        If the last wait was short, it polls so again and again for a while (SPIN): to go to
-        sleep and to wake up would take longer than the next event.
+        If the last wait was short, it polls with timeout 0 for a while (SPIN): to go to sleep
+        and to wake up would take longer than the next event.
         """
         spin_end = time.monotonic()
         if self._last_wait_was_short:
@@ -777,9 +782,9 @@ class StderrHandler(logging.Handler):
 
         If this process set descriptor 2 to non-blocking mode, all processes that share the
         terminal would get that mode.  So the file is opened once more, with a mode of its own.
-        A regular file is used as it is: a second opening would write at its own position.  So is
-        what cannot be opened: a socket (ENXIO), the file of another user (EACCES).  Another
-        user's terminal, as after su(1), can be opened as /dev/tty.
+        A regular file is used as it is: a second opening would write at its own position.  What
+        cannot be opened is used as it is, too: a socket (ENXIO), the file of another user
+        (EACCES).  Another user's terminal, as after su(1), can be opened as /dev/tty.
         """
         if stat.S_ISREG(os.fstat(2).st_mode):
             return 2
@@ -792,7 +797,7 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         note = f"({self._left_out} lines left out)\n" if self._left_out else ""
         line = f"{note}{record.getMessage()}\n".encode()
-        self._left_out += 1  # until its first byte is written
+        self._left_out += 1  # it counts as left out until its first byte is written
         # EAGAIN: there is no room; EPIPE, EIO: the reader has gone; ENOSPC: the disk is full.
         with contextlib.suppress(OSError):
             if not select.select([], [self._fd], [], 0)[1]:
@@ -839,7 +844,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before the loop runs
-    # If standard error is closed at the start, a socket would get its number, and then the log.
+    # If standard error is closed at the start, a socket would get descriptor 2, and its peer the
+    # log.
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
@@ -869,8 +875,9 @@ def main(argv: list[str] | None = None) -> int:
         SIGHUP is never the second one: a shell that loses its terminal sends it twice, and a
         service manager sends it after SIGTERM.
         """
-        requests_that_count = 1 if number == signal.SIGHUP else 2
-        if server.stop_requests < requests_that_count:
+        is_first = server.stop_requests == 0
+        is_second = server.stop_requests == 1 and number != signal.SIGHUP
+        if is_first or is_second:
             server.request_stop()
 
     stop_signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
