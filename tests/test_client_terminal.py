@@ -599,6 +599,25 @@ def test_where_the_terminal_edits_all_is_shown_once_and_what_is_typed_is_kept(ta
     assert user.rows()[-2:] == [HUNG_UP, ""]
 
 
+@pytest.mark.parametrize("options", [{}, {"program": NO_READLINE}], ids=["", "no readline"])
+def test_ctrl_d_in_a_line_is_not_the_end_of_the_input(talk, options):
+    user, peer = talk(**options)
+    user.type("half" + CTRL_D)
+    if options:  # the terminal then gives what is typed so far: termios(3), VEOF
+        assert receive(peer, 4) == b"half"
+    user.type("!" + ENTER)
+    due = b"!\n" if options else b"half!\n"
+    assert receive(peer, len(due)) == due
+    wait_until(lambda: user.look()[-1] == "<<<", "the prompt")
+    user.type("more" + CTRL_D)
+    if options:
+        assert receive(peer, 4) == b"more"
+    peer.close()
+    user.ends(1)
+    assert user.rows()[-2:] == [HUNG_UP, ""]
+    assert user.rows()[-3].startswith("<<< more")
+
+
 @pytest.mark.parametrize("term", ["dumb", None])
 def test_a_dumb_terminal_gets_no_escape_sequences(talk, term):
     user, peer = talk(env={"TERM": term})
