@@ -357,7 +357,7 @@ class PollServer:
             for _ in range(1 + len(self.poller.masks) // DESCRIPTORS_PER_ACCEPT):
                 if not self._accept(listener):
                     break
-        else:  # the wake-up, which is needed once, or a connection that was closed in this turn
+        else:  # the wake-up, which is needed once; nothing else is registered
             self.poller.unregister(fd)
 
     def _handle_failure(self, fd: int, flags: int, error: OSError | MemoryError) -> None:

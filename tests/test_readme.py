@@ -79,7 +79,7 @@ def test_the_textbook_loses_what_this_server_echoes(server):
             assert (done.returncode == 0) == (done.stdout == data) == whole, done.stderr
 
 
-def test_the_textbook_dies_of_an_urgent_byte_that_is_not_there_yet():
+def test_the_textbook_dies_of_an_urgent_byte():
     with textbook() as (process, port):
         with socket.create_connection(("127.0.0.1", port)) as peer:
             peer.send(b"!", socket.MSG_OOB)
