@@ -198,6 +198,15 @@ def table(works, results, names):
         yield f"| `{work}` | {' | '.join(cells)} |"
 
 
+def short_table(works, results, names):
+    yield f"| messages a second | this server | / {' | / '.join(names[1:])} |"
+    yield f"| --- | --- |{' --- |' * len(names[1:])}"
+    for work in works:
+        rate = results[work][names[0]][0]
+        ratios = (f"{results[work][name][-1]:.2f}" for name in names[1:])
+        yield f"| `{work}` | {rate:,.0f} | {' | '.join(ratios)} |"
+
+
 def picture(works, results, names):
     top = max(figures[0] for work in works for figures in results[work].values()) / 1000
     palette = ", ".join(COLOURS.get(name, "#9467bd") for name in names)
@@ -241,7 +250,9 @@ def main():
     print(f"{machine}, medians of {arguments.rounds} x {arguments.seconds:g} s\n")
     if arguments.markdown:
         print(*picture(PICTURE, results, names), "", sep="\n")
-    print(*table(BUSY if arguments.markdown else works, results, names), sep="\n")
+        print(*short_table(BUSY, results, names), sep="\n")
+    else:
+        print(*table(works, results, names), sep="\n")
 
 
 if __name__ == "__main__":
