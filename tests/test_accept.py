@@ -33,10 +33,23 @@ def test_it_listens_on_every_address_with_the_same_port(serve):
         server.wait_for_log(rf"^{name}:\d+ opened$")
 
 
+def listener_on_one_of_two(host):
+    """A listener whose port is free on the other address, as parallel tests use many ports."""
+    families = {"0.0.0.0": socket.AF_INET, "::": socket.AF_INET6}
+    family = families.pop(host)
+    ((other, other_family),) = families.items()
+    for _ in range(100):
+        listener = socket.create_server((host, 0), family=family)
+        with contextlib.suppress(OSError):
+            socket.create_server((other, listener.getsockname()[1]), family=other_family).close()
+            return listener
+        listener.close()
+    raise AssertionError("no port is free on both addresses")
+
+
 @pytest.mark.parametrize("taken", ["0.0.0.0", "::"])
 def test_a_host_with_one_of_its_addresses_taken_is_not_served_by_half(serve, taken):
-    family = socket.AF_INET6 if ":" in taken else socket.AF_INET
-    with socket.create_server((taken, 0), family=family) as other:
+    with listener_on_one_of_two(taken) as other:
         port = other.getsockname()[1]
         server = serve("--host", "", "--port", str(port), ready=False)
         assert server.wait() == 1

@@ -316,6 +316,7 @@ def test_a_disk_that_has_room_for_a_few_bytes_at_a_time_has_whole_lines(
         hard = resource.RLIM_INFINITY
         resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (size, hard))
 
+    wait_until(lambda: " opened" in log.read_text(), "the first lines")
     for room in (0, 20, 3, 1, 7, 2, 30, 5, 61, 1, 1, 90, 4, 2, 0, 40, 6, 3):
         limit_to(log.stat().st_size + room)
         service.visit(1)

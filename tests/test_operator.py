@@ -160,6 +160,27 @@ def test_grace_is_how_long_a_stop_waits_for_a_peer_that_reads_nothing(started, e
         assert server.cut == 1
 
 
+@pytest.mark.parametrize("left", ["closed", "open", "unread"])
+def test_without_grace_a_stop_takes_no_time_and_counts_only_what_is_lost(started, left):
+    def takes():
+        with started(PollServer(HERE, grace=0)) as server, dial(server.server_address) as peer:
+            assert exchange(peer, b"hello") == b"hello"
+            if left == "closed":
+                peer.shutdown(socket.SHUT_WR)
+                assert peer.recv(1) == b""
+            if left == "unread":
+                push(peer, quiet=0.1)
+            start = time.monotonic()
+            server.server_close()
+            took = time.monotonic() - start
+            assert server.cut == (left == "unread")
+            assert (server.lost > 0) == (left == "unread")
+        return took
+
+    # With the usual grace 0.2 s of silence are waited for.
+    assert any(takes() < 0.15 for _ in range(5))
+
+
 @pytest.mark.parametrize(
     ("address", "name"),
     [
