@@ -255,11 +255,18 @@ class PollServer:
             raise TypeError(f"the port of the address must be an int, not {port!r}")
         if not 0 <= port <= 65535:
             raise ValueError(f"the port of the address must be from 0 to 65535, not {port}")
+        for name, value in (
+            ("max_connections", max_connections),
+            ("idle_timeout", idle_timeout),
+            ("grace", grace),
+        ):
+            if not isinstance(value, (int, float, type(None))):
+                raise TypeError(f"{name} must be a number, not {value!r}")
         if max_connections is not None and (max_connections < 1 or max_connections % 1):
             raise ValueError("max_connections must be a whole number, 1 or more")
         if idle_timeout is not None and not 0 < idle_timeout < math.inf:
             raise ValueError("idle_timeout must be a number of seconds, more than 0")
-        if not grace >= 0:
+        if grace is None or not grace >= 0:
             raise ValueError("grace must be a number of seconds, 0 or more")
         self.grace = grace
         self.cut = 0
