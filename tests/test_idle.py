@@ -20,7 +20,7 @@ def tick(timeout):
 
 def may_be_late():
     """What a loaded machine adds, in seconds."""
-    return 1.0
+    return 2.0
 
 
 class Talkers(threading.Thread):
@@ -186,7 +186,7 @@ def test_a_slow_reader_is_served_and_one_that_reads_nothing_is_closed_with_a_war
     stuck = [server.connect(), quiet.connect(), quiet.connect(far=True)]
     size, *sizes = push(slow, *stuck)
     start = time.monotonic()
-    assert size > 2 * MIB
+    assert size > 1_400_000  # enough to read for so long
     came = trickle(slow, size, 200_000, 6.5)
     for peer, length in zip(stuck, sizes):
         held_back = unacknowledged(peer)
