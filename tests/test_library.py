@@ -107,8 +107,9 @@ NAN = float("nan")
 WRONG = [({"max_connections": count}, ValueError) for count in (0, 1.5, NAN)]
 WRONG += [({"idle_timeout": seconds}, ValueError) for seconds in (0, -1, NAN)]
 WRONG += [({"address": ("127.0.0.1", port)}, ValueError) for port in (-1, 70_000)]
-WRONG += [({"grace": seconds}, ValueError) for seconds in (-1, NAN)]
+WRONG += [({"grace": seconds}, ValueError) for seconds in (-1, NAN, None)]
 WRONG += [({"address": ("no.invalid", 0)}, socket.gaierror)]
+NUMBERS = ("max_connections", "idle_timeout", "grace")
 
 
 @pytest.mark.parametrize(("options", "error"), WRONG)
@@ -117,6 +118,12 @@ def test_what_makes_no_sense_is_refused_and_leaves_nothing_open(options, error):
     with pytest.raises(error):
         PollServer(**({"address": HERE} | options))
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_is_given_as_text_is_an_error_that_names_it(name):
+    with pytest.raises(TypeError, match=name):
+        PollServer(HERE, **{name: "5"})
 
 
 @pytest.mark.parametrize("taken", ["0.0.0.0", "::"])
