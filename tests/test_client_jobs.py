@@ -69,7 +69,9 @@ def test_ctrl_z_gives_the_terminal_back_each_time_and_what_was_typed_survives(te
 
 
 @pytest.mark.parametrize("typed", ["", "half a li", "x" * 100])
-@pytest.mark.parametrize("way", ["Ctrl-Z", "Ctrl-Z, bg", "kill -STOP", "kill -STOP, bg"])
+@pytest.mark.parametrize(
+    "way", ["Ctrl-Z", "Ctrl-Z, bg", "kill -STOP", "kill -STOP, bg", "Ctrl-Z, then kill -STOP"]
+)
 def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end, way, typed):
     user = bash()
     user.type(f"{JOB}\n")
@@ -77,9 +79,9 @@ def test_after_fg_the_prompt_stands_there_once_with_what_was_typed(bash, far_end
     user.ends_in("<<<")
     user.type(typed)
     rows, stops = re.findall(".{1,80}", prompt(typed)), 0
-    for _ in range(2):
+    for again in (False, True):
         user.ends_in(*rows)
-        if "STOP" in way:
+        if "STOP" in way and (again or "then" not in way):
             os.kill(job(user), signal.SIGSTOP)
         else:
             user.type(CTRL_Z)
@@ -114,6 +116,24 @@ def test_a_window_that_was_resized_meanwhile_is_used_as_it_is(bash, far_end):
     user.ends_in("$ fg", JOB, "<<< half of a lo", "ng line")
     peer.sendall(b"news\n")
     user.ends_in("$ fg", JOB, "news", "<<< half of a lo", "ng line")
+
+
+@pytest.mark.parametrize("way", ["Ctrl-Z", "kill -STOP"])
+def test_a_stopped_one_that_is_killed_ends_and_the_shell_keeps_its_terminal(bash, far_end, way):
+    user = bash()
+    user.type(f"{JOB}\n")
+    far_end.accept()
+    user.ends_in("<<<")
+    user.type("half a li")
+    user.ends_in("<<< half a li")
+    if way == "Ctrl-Z":
+        user.type(CTRL_Z)
+    else:
+        os.kill(job(user), signal.SIGSTOP)
+    stopped(user)
+    user.type("kill %1\n")
+    wait_until(lambda: any("Terminated" in row for row in user.look()), "the end")
+    assert termios.tcgetattr(user.tty) == user.found
 
 
 @pytest.mark.parametrize("program", [None, NO_READLINE], ids=["", "without readline"])

@@ -245,7 +245,8 @@ def test_the_status_holds_whatever_standard_error_is(redirection, unbuffered):
     refused, wrong = ["--host", "127.0.0.1", "--port", "1"], ["--port", "http"]
     for status, arguments in (1, refused), (2, wrong):
         words = [*command, CLIENT, *arguments]
-        assert subprocess.run(words, stdin=subprocess.DEVNULL, env=env).returncode == status
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, env=env, timeout=DEADLINE)
+        assert done.returncode == status
 
 
 def test_it_ends_quietly_like_cat_when_nobody_reads_its_output(start, server):
@@ -296,10 +297,13 @@ def test_a_closed_standard_input_sends_nothing_at_all(far_end, program):
     words = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, *program(LEAVES_A_FILE)]
     arguments = ["--host", "127.0.0.1", "--port", str(far_end.port)]
     with subprocess.Popen([*words, *arguments]) as client:
-        peer = far_end.accept()
-        assert read_to_end(peer) == b""
-        peer.close()
-        assert client.wait(DEADLINE) == 0
+        try:
+            peer = far_end.accept()
+            assert read_to_end(peer) == b""
+            peer.close()
+            assert client.wait(DEADLINE) == 0
+        finally:
+            client.kill()
 
 
 NO_STANDARD_ERROR = ("sh", "-c", 'exec "$@" 2>&-', "sh")

@@ -22,6 +22,7 @@ from terminals import (
     CTRL_C,
     CTRL_D,
     CTRL_R,
+    CTRL_T,
     ENTER,
     ESCAPE,
     LEFT,
@@ -65,7 +66,7 @@ def test_while_a_server_does_not_answer_it_says_where_it_connects_to(terminal):
 def test_a_script_that_waits_for_the_prompt_finds_the_reply_before_it(talk, term):
     """As expect does: send a line, wait for the prompt, take what came before it."""
     user, peer = talk(env={"TERM": term})
-    rounds = 0
+    rounds, took = 0, []
     while rounds < 100:
         parts = (b"re", b"ply\n") if rounds % 5 == 0 else (b"reply\n",)
         begin, started = len(user.read()), time.monotonic()
@@ -76,10 +77,25 @@ def test_a_script_that_waits_for_the_prompt_finds_the_reply_before_it(talk, term
             select.select([], [], [], 0.1 if part == b"re" else 0)
         soon = time.monotonic() - started < 0.3  # the promise is not for a server that is slower
         wait_until(lambda: user.read().rfind(b"<<< ") > user.raw.rfind(b"ply\r\n") > begin, "both")  # noqa: B023
+        took.append(time.monotonic() - started)
         if soon:
             came = user.raw[begin:]
             assert 0 <= came.find(b"reply\r\n") < came.find(b"<<< "), (rounds, came)
             rounds += 1
+    assert min(took) < 0.3, "silence brings the prompt, and not the end of the reply"
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_without_a_reply_the_prompt_comes_soon(talk, term):
+    """After 300 ms; a loaded machine is late now and then."""
+    user, _ = talk(env={"TERM": term})
+    took = []
+    for line in ("one", "two", "three"):
+        started = time.monotonic()
+        user.type(line + ENTER)
+        user.ends_in(f"<<< {line}", "<<<")
+        took.append(time.monotonic() - started)
+    assert min(took) < 1, took
 
 
 def test_each_echo_stands_under_its_line_and_the_prompt_under_the_echo(terminal, server):
@@ -255,6 +271,30 @@ def test_a_line_of_more_than_half_a_screen_that_comes_in_parts_ends_there(talk):
     assert [text.count(word) for word in ("first", "second", "third", ",")] == [1, 1, 1, 1200]
 
 
+def test_where_the_size_of_the_terminal_is_not_known_the_prompt_has_its_beginning(talk):
+    """As in the terminals of expect and of containers."""
+    user, peer = talk(wrapper=("sh", "-c", 'stty rows 0 columns 0 && exec "$@"', "sh"))
+    peer.sendall(b"login: ")
+    user.sees("login: <<<")
+    user.type("bob")
+    peer.sendall(b"again: ")
+    user.sees("login: again: <<< bob")
+
+
+def test_a_window_that_is_resized_at_the_prompt_is_used_as_it_is(talk):
+    user, peer = talk(stderr=subprocess.DEVNULL)
+    user.type("half a li")
+    user.ends_in("<<< half a li")
+    user.resize(40, 24)
+    peer.sendall(b"news\n")
+    user.ends_in("news", "<<< half a li")
+    user.type("x" * 60)
+    rows = re.findall(".{1,40}", prompt("half a li" + "x" * 60))
+    user.ends_in("news", *rows)
+    peer.sendall(b"more\n")
+    user.ends_in("news", "more", *rows)
+
+
 VI, SIDEWAYS = "set editing-mode vi", "set horizontal-scroll-mode on"
 
 
@@ -332,6 +372,21 @@ def test_nothing_that_a_terminal_obeys_gets_to_it(talk):
     assert user.rows()[-2] == r"cut \xe4\xbd"
 
 
+@pytest.mark.parametrize("env", [{}, DUMB], ids=["", "dumb"])
+def test_an_unfinished_line_has_nothing_that_a_terminal_obeys(talk, env):
+    user, peer = talk(env=env)
+    peer.sendall(b"\x1b[2J\t\x01log\x02in: ")
+    user.ends_in(r"\x1b[2J \x01log\x02in: <<<")
+
+
+def test_letters_stay_joined(talk):
+    """By U+200C and U+200D, of which this screen knows nothing."""
+    user, peer = talk()
+    joined = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f52c".encode()
+    peer.sendall(joined + b"\n")
+    wait_until(lambda: user.read().endswith(b"<<< ") and joined in user.raw, "the letters")
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80])
 def test_text_that_arrives_while_typing_leaves_the_line_and_the_cursor_as_they_were(talk, columns):
     user, peer = talk(size=(columns, 24), stderr=subprocess.DEVNULL)
@@ -372,6 +427,13 @@ def test_a_paste_leaves_no_stray_characters(terminal, server):
     wait_until(lambda: user.rows()[-2:] == [lines[-1], "<<<"], "the last echo")
     assert [row for row in user.rows() if not row.startswith("<<<")] == lines
     assert [row[4:] for row in user.rows() if row.startswith("<<< ")] == lines
+
+
+def test_a_key_that_stands_for_two_lines_sends_both(talk, tmp_path):
+    (tmp_path / "inputrc").write_text(r'"\C-t": "one\ntwo\n"')
+    user, peer = talk(env={"INPUTRC": str(tmp_path / "inputrc")})
+    user.type(CTRL_T)
+    assert receive(peer, 8) == b"one\ntwo\n"
 
 
 def test_no_text_is_lost_on_a_terminal_that_is_slow(talk):
@@ -568,6 +630,9 @@ WITHOUT = {
     "no ctypes": {"program": script("sys.modules['ctypes'] = None")},
     "readline in the interpreter": {"program": script("import readline; del readline.__file__")},
     "not GNU readline": {"program": script("import readline; readline.__file__ = 'libc.so.6'")},
+    "a file that cannot be loaded": {
+        "program": script("import readline; readline.__file__ = '/-'")
+    },
     "libedit": {"program": script("import readline; readline.__file__ = 'libedit.so.2'")},
 }
 
@@ -645,3 +710,15 @@ def test_a_flood_of_lines_while_a_line_is_typed_is_shown_whole_and_in_order(talk
     assert [row for row in user.look() if row.startswith("line")] == lines
     user.type(ENTER)
     assert receive(peer, len(typed) + 1).decode() == f"{typed}\n"
+
+
+def test_a_thousand_lines_a_second_are_not_as_many_prompts(talk):
+    """Nobody could read them, and each costs: one in a hundredth of a second at most."""
+    user, peer = talk(stderr=subprocess.DEVNULL)
+    begin, started = len(user.raw), time.monotonic()
+    for number in range(1000):
+        peer.sendall(b"%d\n" % number)
+        select.select([], [], [], 0.001)
+        user.read()
+    user.ends_in("999", "<<<")
+    assert user.raw[begin:].count(b"<<< ") <= (time.monotonic() - started) * 100 + 2
