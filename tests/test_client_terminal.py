@@ -170,6 +170,17 @@ def test_enter_does_not_end_a_line_that_comes_in_parts(talk):
     user.sees("hello slow wor<<< typed", "hello slow world", "in p<<<", WAITING, "arts", "")
 
 
+def test_typing_ahead_draws_an_unfinished_line_once_for_each_prompt(talk):
+    user, peer = talk()
+    peer.sendall(b"login: ")
+    user.sees("login: <<<")
+    user.type("bob" + ENTER + "s")
+    assert receive(peer, 4) == b"bob\n"
+    user.sees("login: <<< bob", "login: <<< s")
+    peer.sendall(b"welcome\n")
+    user.sees("login: <<< bob", "login: welcome", "<<< s")
+
+
 def test_text_and_a_line_that_come_at_the_same_time_are_both_whole(talk):
     user, peer = talk()
     with frozen(user.process.pid):
@@ -377,6 +388,9 @@ def test_an_unfinished_line_has_nothing_that_a_terminal_obeys(talk, env):
     user, peer = talk(env=env)
     peer.sendall(b"\x1b[2J\t\x01log\x02in: ")
     user.ends_in(r"\x1b[2J \x01log\x02in: <<<")
+    peer.sendall(b"\x1b[2J" * 300 + b".\n")  # more than half a screen
+    wait_until(lambda: re.search(r"(\\x1b\[2J){300}\.<<<$", "".join(user.look())), "all")
+    assert b"\x1b[2J" not in user.raw
 
 
 def test_letters_stay_joined(talk):
@@ -542,6 +556,17 @@ def test_ctrl_c_ends_it_also_after_ctrl_d(talk):
     user.sees("<<<", WAITING, "")
     user.process.send_signal(signal.SIGINT)
     user.ends(-signal.SIGINT)
+
+
+@pytest.mark.parametrize("env", [{}, DUMB], ids=["", "dumb"])
+def test_after_ctrl_d_the_message_that_it_waits_has_a_row_of_its_own(talk, env):
+    user, peer = talk(env=env)
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b""
+    peer.sendall(b"begun")
+    wait_until(lambda: {"begun", WAITING} <= {*user.rows()}, "both on rows of their own")
+    peer.close()
+    user.ends(0)
 
 
 def test_ctrl_d_says_nothing_where_the_server_closes_soon(talk):
