@@ -13,10 +13,10 @@ import termios
 
 import pyte
 import pytest
-from processes import CLIENT, ROOT, STREAMS, cpu_share, wait_until
+from processes import CLIENT, ROOT, STREAMS, cpu_share, state, wait_until
 
 UP, LEFT, CTRL_C, CTRL_D, CTRL_Z, ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1a", "\r"
-CTRL_R, CTRL_T, ESCAPE = "\x12", "\x14", "\x1b"
+CTRL_R, CTRL_S, CTRL_T, ESCAPE = "\x12", "\x13", "\x14", "\x1b"
 
 
 def script(before):
@@ -141,9 +141,13 @@ class Terminal:
         self.screen.reset()
 
     def rests(self):
-        """Wait until the client takes no processor time at all."""
+        """Wait until the client takes no processor time at all, though it could: it sleeps."""
         client = os.tcgetpgrp(self.person)
-        wait_until(lambda: cpu_share(client, 0.05) == 0, "the client to rest")
+
+        def rested():
+            return state(client) == "S" and cpu_share(client, 0.05) == 0 and state(client) == "S"
+
+        wait_until(rested, "the client to rest")
 
     def stops(self):
         """Wait until the shell has the terminal again, as it was."""

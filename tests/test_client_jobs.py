@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from peers import read_to_end, receive
-from processes import cpu_share, state, wait_until
+from processes import frozen, rests, state, wait_until
 from terminals import CTRL_C, CTRL_D, CTRL_Z, ENTER, IN_BASH, IN_SHELL, LEFT, NO_READLINE, prompt
 
 JOB = '"$@"'  # what bash calls the client
@@ -68,7 +68,9 @@ def test_ctrl_z_gives_the_terminal_back_each_time_and_what_was_typed_survives(te
     user.ends(-signal.SIGTERM)
 
 
-@pytest.mark.parametrize("typed", ["", "half a li", "x" * 100])
+@pytest.mark.parametrize(
+    "typed", ["", "half a li", "x" * 100], ids=["", "half a li", "more than a row"]
+)
 @pytest.mark.parametrize(
     "way", ["Ctrl-Z", "Ctrl-Z, bg", "kill -STOP", "kill -STOP, bg", "Ctrl-Z, then kill -STOP"]
 )
@@ -182,6 +184,19 @@ def test_after_ctrl_d_it_runs_in_the_background_and_shows_what_still_comes(bash,
     wait_until(lambda: any("Done" in row for row in user.look()), "the end")
 
 
+def test_after_kill_stop_and_kill_cont_the_prompt_stands_there_once(talk):
+    """No shell has written meanwhile: the cursor is where it was."""
+    user, peer = talk()
+    user.type("half a li")
+    user.sees("<<< half a li")
+    with frozen(user.process.pid):
+        peer.sendall(b"news\n")
+    user.sees("news", "<<< half a li")
+    user.type("ne" + ENTER)
+    assert receive(peer, 12) == b"half a line\n"
+    user.sees("news", "<<< half a line", "<<<")
+
+
 def test_ctrl_z_where_no_shell_could_continue_it_does_not_stop_it(talk):
     """In an orphaned process group: the client is the first of its session."""
     user, peer = talk()
@@ -201,7 +216,7 @@ def test_in_the_background_without_a_shell_it_goes_on_and_does_not_spin(bash, fa
     peer.sendall(b"news\n")
     wait_until(lambda: "news" in user.look(), "what the server sends")
     client = int(re.search(r"pid=(\d+)", "\n".join(user.look()))[1])
-    wait_until(lambda: cpu_share(client, 0.05) == 0, "the client to rest")
+    rests(client)
     assert termios.tcgetattr(user.tty) == user.found
     peer.close()
     wait_until(lambda: "poll_client: connection closed by the server" in user.look(), "the end")

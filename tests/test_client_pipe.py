@@ -12,9 +12,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from faults import failing_once, with_hosts
+from faults import failing_once, inject, with_hosts
 from peers import DEADLINE, MIB, FarEnd, pattern, read_to_end, receive, reset
-from processes import CLIENT, NO_SPIN, cpu_share, frozen, memory, wait_until
+from processes import CLIENT, frozen, memory, rests, wait_until
 from terminals import CTRL_D, installed, script
 
 
@@ -108,7 +108,7 @@ def test_it_costs_no_processor_time_while_nothing_comes(begin, ended):
     if ended:
         end_input(client)
         assert peer.recv(1) == b""
-    wait_until(lambda: cpu_share(client.pid, 0.05) < NO_SPIN, "the client to sleep", 5)
+    rests(client.pid)
     assert client.poll() is None
 
 
@@ -136,8 +136,11 @@ def test_a_non_blocking_output_loses_nothing(start, server):
 
 def test_urgent_bytes_are_bytes_like_any_other(begin):
     client, peer = begin(b"hello!")
+    end_input(client)
+    assert peer.recv(1) == b""
     peer.send(b"hello!", socket.MSG_OOB)
-    assert receive(client.stdout, 6) == b"hello!"
+    peer.close()
+    assert finish(client) == (0, b"hello!", "")
 
 
 def test_a_terminal_at_one_end_only_is_no_talk(start, server):
@@ -205,6 +208,17 @@ def test_a_reset_before_it_half_closes_is_one_line_and_no_success(begin):
     assert (status, output) == (1, b"")
     verdict = r"connection lost: Connection reset by peer.*; 0 of 11 bytes came back"
     assert re.fullmatch(f"poll_client: {verdict}\n", messages), messages
+
+
+def test_a_reset_in_the_moment_of_the_half_close_is_one_line_with_its_reason(begin, tmp_path):
+    trace = tmp_path / "trace"
+    wrapper = (*inject("shutdown", "ENOTCONN", "1"), "-qq", "-o", str(trace))
+    client, peer = begin(b"hello world", wrapper=wrapper)
+    end_input(client)
+    wait_until(lambda: "(INJECTED)" in trace.read_text(), "the half-close")
+    reset(peer)
+    verdict = "connection lost: Connection reset by peer; 0 of 11 bytes came back"
+    assert finish(client) == (1, b"", f"poll_client: {verdict}\n")
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["", "nobody reads the messages"])
@@ -406,12 +420,16 @@ def test_an_argument_in_any_bytes_and_any_locale_is_one_line_and_no_traceback(st
     for word in map(os.fsencode, NOT_ASCII):
         host = start(1, "--host", word + long, env=env)
         port = start(1, "--port", word, env=env)
+        neither = start(1, word, env=env)
         status, output, messages = finish(host)
         assert (status, output) == (1, b"")
         assert re.fullmatch("poll_client: cannot connect to .*aaa:1: not a host name\n", messages)
         status, output, messages = finish(port)
         assert (status, output) == (2, b"")
         assert messages.startswith("usage: poll_client ") and "argument --port: " in messages
+        status, output, messages = finish(neither)
+        assert (status, output) == (2, b"")
+        assert messages.startswith("usage: poll_client ") and "unrecognized" in messages
 
 
 @pytest.mark.parametrize("environment", NARROW.values(), ids=NARROW)

@@ -22,6 +22,7 @@ from terminals import (
     CTRL_C,
     CTRL_D,
     CTRL_R,
+    CTRL_S,
     CTRL_T,
     ENTER,
     ESCAPE,
@@ -542,6 +543,8 @@ def test_ctrl_d_says_that_it_waits_and_prints_what_still_comes(talk, late, env):
     assert read_to_end(peer) == b"unanswered\n"
     user.ends_in(WAITING, "")
     user.rests()
+    select.select([], [], [], 0.4)  # it says so once, and not in each silence
+    assert user.look().count(WAITING) == 1
     assert termios.tcgetattr(user.tty) == user.found
     peer.sendall(late.encode())
     user.ends_in(WAITING, *late.split("\n"))
@@ -636,12 +639,17 @@ def test_a_terminal_that_vanishes_ends_it_by_the_signal(talk):
     assert user.process.wait(DEADLINE) == -signal.SIGHUP
 
 
-def test_a_signal_ends_it_while_the_terminal_takes_nothing(talk):
+@pytest.mark.parametrize("why", ["Ctrl-S", "nobody reads it"])
+def test_a_signal_ends_it_while_the_terminal_takes_nothing(talk, why):
     user, peer = talk()
-    peer.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while select.select([], [peer], [], 0.1)[1]:
-            peer.send(b"a line\n" * 10_000)
+    if why == "Ctrl-S":
+        user.type(CTRL_S)
+        user.rests()
+    else:
+        peer.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while select.select([], [peer], [], 0.1)[1]:
+                peer.send(b"a line\n" * 10_000)
     user.process.terminate()
     assert user.process.wait(DEADLINE) == -signal.SIGTERM
 
