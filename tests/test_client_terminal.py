@@ -83,7 +83,7 @@ def test_a_script_that_waits_for_the_prompt_finds_the_reply_before_it(talk, term
             came = user.raw[begin:]
             assert 0 <= came.find(b"reply\r\n") < came.find(b"<<< "), (rounds, came)
             rounds += 1
-    assert min(took) < 0.3, "silence brings the prompt, and not the end of the reply"
+            assert rounds < 10 or min(took) < 0.3, "silence brings the prompt, not the reply's end"
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
