@@ -1,5 +1,6 @@
 """Job control: the client is stopped, and in the background, and in the foreground again."""
 
+import contextlib
 import os
 import re
 import signal
@@ -133,8 +134,15 @@ def test_a_stopped_one_that_is_killed_ends_and_the_shell_keeps_its_terminal(bash
     else:
         os.kill(job(user), signal.SIGSTOP)
     stopped(user)
+    client = job(user)
+
+    def ended():
+        with contextlib.suppress(OSError):
+            return state(client) == "Z"  # the shell may come to know of it later
+        return True
+
     user.type("kill %1\n")
-    wait_until(lambda: any("Terminated" in row for row in user.look()), "the end")
+    wait_until(ended, "the end")
     assert termios.tcgetattr(user.tty) == user.found
 
 
@@ -189,8 +197,12 @@ def test_after_kill_stop_and_kill_cont_the_prompt_stands_there_once(talk):
     user, peer = talk()
     user.type("half a li")
     user.sees("<<< half a li")
+    drawn = user.raw.count(b"<<<")
     with frozen(user.process.pid):
-        peer.sendall(b"news\n")
+        pass
+    wait_until(lambda: user.read().count(b"<<<") > drawn, "the prompt to be drawn")
+    user.sees("<<< half a li")
+    peer.sendall(b"news\n")
     user.sees("news", "<<< half a li")
     user.type("ne" + ENTER)
     assert receive(peer, 12) == b"half a line\n"

@@ -376,6 +376,7 @@ def test_nothing_that_a_terminal_obeys_gets_to_it(talk):
     peer.sendall(b"\n" + hostile + b"\n")
     escaped = r"\x1b[2J\x1b]0;title\x07 \xff\xc3( \x9b1m \x00\x7f" + ascii(invisible)[1:-1]
     user.sees("ta      bs", "and line ends", *re.findall(".{1,80}", escaped), "<<<")
+    assert b"\t" not in user.raw
     user.type(CTRL_D)
     assert read_to_end(peer) == b""
     peer.sendall(b"cut \xe4\xbd")
@@ -389,7 +390,7 @@ def test_an_unfinished_line_has_nothing_that_a_terminal_obeys(talk, env):
     user, peer = talk(env=env)
     peer.sendall(b"\x1b[2J\t\x01log\x02in: ")
     user.ends_in(r"\x1b[2J \x01log\x02in: <<<")
-    peer.sendall(b"\x1b[2J" * 300 + b".\n")  # more than half a screen
+    peer.sendall(b"\x1b[2J" * 300 + b".")  # more than half a screen
     wait_until(lambda: re.search(r"(\\x1b\[2J){300}\.<<<$", "".join(user.look())), "all")
     assert b"\x1b[2J" not in user.raw
 
