@@ -144,6 +144,7 @@ def test_a_line_that_comes_in_parts_is_one_line_with_what_is_typed_below_it(talk
         code, shown = character.encode(), shown + character
         for byte in code:
             peer.send(bytes([byte]))
+            select.select([], [], [], 0.02)  # each comes alone
         user.sees("<<< slow", prompt(typed, after=shown))
     peer.sendall(b"\nnext\n")
     user.sees("<<< slow", line, "next", prompt(typed))
