@@ -251,6 +251,8 @@ class PollServer:
         if not isinstance(address, tuple) or len(address) != 2:
             raise TypeError(f"address must be a pair (host, port), not {address!r}")
         host, port = address
+        if not isinstance(host, str):
+            raise TypeError(f"the host of the address must be a str, not {host!r}")
         if not isinstance(port, int):
             raise TypeError(f"the port of the address must be an int, not {port!r}")
         if not 0 <= port <= 65535:
@@ -314,12 +316,17 @@ class PollServer:
             self._close_listeners()
 
     def _turn(self) -> None:
-        """Poll once, act on every event, and do the housekeeping when it is due."""
+        """Poll once, act on every event, and do the housekeeping if it was due before the poll.
+
+        A peer that spoke during a standstill of the process is heard before its silence counts.
+        """
         fd_to_socket = self.fd_to_socket
         masks = self.poller.masks
         tracing = log.isEnabledFor(logging.DEBUG)
+        due = time.monotonic() >= self._next_housekeeping
         try:
-            for fd, flags in self._poll():
+            events = self._poll()
+            for fd, flags in events:
                 connection = fd_to_socket.get(fd)
                 if connection is None:
                     self._handle_other(fd, flags)
@@ -327,20 +334,21 @@ class PollServer:
                 sent_before = connection.sent
                 try:
                     size = connection.handle(flags, self._buffer)
+                    mask = connection.interest()
+                    if mask and mask != masks[fd]:
+                        self.poller.register(fd, mask)
                 except BlockingIOError:
                     continue
                 except (OSError, MemoryError) as error:
                     self._handle_failure(fd, flags, error)
                     continue
                 connection.silent_rounds = 0
-                mask = connection.interest()
                 if tracing:
                     trace(connection, flags, self._buffer[:size], sent_before, mask)
                 if not mask:
                     self._close(fd, "end of file")
-                elif mask != masks[fd]:
-                    self.poller.register(fd, mask)
-            if time.monotonic() >= self._next_housekeeping:
+            # If no descriptor had an event, every peer was silent until now.
+            if due or (not events and time.monotonic() >= self._next_housekeeping):
                 self._housekeep()
         except MemoryError:
             self._free_memory()
@@ -369,8 +377,8 @@ class PollServer:
 
     def _handle_failure(self, fd: int, flags: int, error: OSError | MemoryError) -> None:
         """Close the connection whose receive or send has failed."""
-        if isinstance(error, MemoryError):  # bytes that were received are gone
-            self._cut(fd, reason(error))
+        if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
+            self._cut(fd, reason(error))  # it is not the peer's fault
             return
         log.debug("%s %s: %s", self.fd_to_socket[fd].peer, flag_names(flags), reason(error))
         if flags & select.POLLNVAL:
@@ -389,12 +397,12 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If an exception interrupts this, the connection is still in the table, or it is closed.
+        If an exception interrupts this, poll() reports POLLNVAL, and this is called again.
         """
         connection = self.fd_to_socket[fd]
-        self.poller.unregister(fd)
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
+        self.poller.unregister(fd)
         del self.fd_to_socket[fd]
         line = "%s closed: %d bytes in, %d out, %s"
         arguments = [connection.peer, connection.received, connection.sent, why]
@@ -408,23 +416,33 @@ class PollServer:
         """Close a connection at once, and count it if its peer has not all its bytes."""
         connection = self.fd_to_socket[fd]
         connection.queue = None  # frees memory, which the next lines may need
-        undelivered = connection.undelivered()  # its counters do not need the queue
+        try:
+            undelivered = connection.undelivered()  # its counters do not need the queue
+        except MemoryError:
+            undelivered = 1  # at least
         if undelivered:
             self.cut += 1
             self.lost += undelivered
         self._close(fd, why, undelivered)
 
     def _free_memory(self) -> None:
-        """Cut the connection with the most unsent bytes; without memory the process would end."""
+        """Cut the connection with the most unsent bytes, or wait if there are none.
+
+        An exception here would end the server.  After a MemoryError the next turn tries again.
+        """
 
         def unsent(fd: int) -> int:
             connection = self.fd_to_socket[fd]
             return connection.received - connection.sent
 
-        if self.fd_to_socket:
-            self._cut(max(self.fd_to_socket, key=unsent), "out of memory")
-        else:
-            time.sleep(RETRY)
+        try:
+            fd = max(self.fd_to_socket, key=unsent, default=None)
+            if fd is not None and unsent(fd):
+                self._cut(fd, "out of memory")
+            else:
+                time.sleep(RETRY)
+        except MemoryError:
+            pass
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one connection; returns whether there may be another one to accept."""
@@ -454,7 +472,7 @@ class PollServer:
             sock.setblocking(False)
             self.poller.register(fd, READ_ONLY)
         except (OSError, MemoryError) as error:
-            self._close(fd, f"refused: {reason(error)}")
+            self._cut(fd, f"refused: {reason(error)}")
             return
         log.info("%s opened", peer)
 
@@ -563,7 +581,8 @@ class PollServer:
             connection.silent_rounds = 0
         while True:
             self._empty_backlog()
-            if not self.fd_to_socket or self.stop_requests > 1 or time.monotonic() >= end:
+            drained = not self.fd_to_socket and not self.listeners
+            if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
             self._turn()
         if self.listeners:  # accepting is paused, and the backlog has an unknown number of peers
@@ -576,14 +595,17 @@ class PollServer:
     def _empty_backlog(self) -> None:
         """Accept all peers in the backlog, as they may have sent, and close the listeners.
 
-        If accepting is paused, the listeners stay open for the next try.
+        If accepting is paused and a backlog has peers, the listeners stay open for the next try.
         """
         self._resume_accepting()
         for listener in list(self.listeners.values()):
             for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
                     break
-        if all(fd in self.poller.masks for fd in self.listeners):  # accepting is not paused
+        backlogs = select.poll()
+        for fd in self.listeners.keys() - self.poller.masks.keys():  # accepting is paused there
+            backlogs.register(fd, READ_ONLY)
+        if not backlogs.poll(0):
             self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -619,10 +641,10 @@ class Poller:
 
     def register(self, fd: int, mask: int) -> None:
         """Poll a descriptor for these events, instead of those before."""
-        self.masks[fd] = mask
-        self._next_busy.add(fd)
-        self._busy.register(fd, mask)
         self._all.register(fd, mask)
+        self._busy.register(fd, mask)
+        self.masks[fd] = mask  # if one of these steps fails, the old mask stands here
+        self._next_busy.add(fd)
 
     def unregister(self, fd: int) -> None:
         """Forget a descriptor, also one that is not registered."""
@@ -781,6 +803,8 @@ class StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._fd = self._open()
+        self._poller = select.poll()
+        self._poller.register(self._fd, select.POLLOUT)
         self._unwritten = b""  # the end of a line that was written in part; it goes first
         self._left_out = 0  # lines
 
@@ -802,12 +826,12 @@ class StderrHandler(logging.Handler):
         return 2
 
     def emit(self, record: logging.LogRecord) -> None:
-        note = f"({self._left_out} lines left out)\n" if self._left_out else ""
-        line = f"{note}{record.getMessage()}\n".encode()
-        self._left_out += 1  # it counts as left out until its first byte is written
         # EAGAIN: there is no room; EPIPE, EIO: the reader has gone; ENOSPC: the disk is full.
-        with contextlib.suppress(OSError):
-            if not select.select([], [self._fd], [], 0)[1]:
+        with contextlib.suppress(OSError, MemoryError):
+            note = f"({self._left_out} lines left out)\n" if self._left_out else ""
+            self._left_out += 1  # it counts as left out until its first byte is written
+            line = f"{note}{record.getMessage()}\n".encode()
+            if not self._poller.poll(0):
                 return
             written = os.write(self._fd, self._unwritten + line)
             written_of_line = written - len(self._unwritten)
