@@ -757,3 +757,37 @@ def test_a_thousand_lines_a_second_are_not_as_many_prompts(talk):
         user.read()
     user.ends_in("999", "<<<")
     assert user.raw[begin:].count(b"<<< ") <= (time.monotonic() - started) * 100 + 2
+
+
+@pytest.mark.parametrize("begin", ["\x12", "\x1b3"], ids=["a search", "a count"])
+def test_a_line_that_ends_during_a_search_is_not_shown_again_after_it(talk, begin):
+    user, peer = talk()
+    peer.sendall(b"login: ")
+    user.sees("login: <<<")
+    user.type(begin)
+    wait_until(lambda: user.look()[-1] != "login: <<<", "the search to begin")
+    peer.sendall(b"done\n")
+    user.sees("login: done", "<<<")
+    user.type("\x07x")
+    user.sees("login: done", "<<< x")
+
+
+def test_wide_characters_in_the_locale_c_erase_no_rows(talk):
+    user, peer = talk(env={"LC_ALL": "C"})
+    peer.sendall(b"one\ntwo\n")
+    user.sees("one", "two", "<<<")
+    peer.sendall("你好世界".encode() * 8)
+    wait_until(lambda: len(user.rows()) > 3, "the unfinished line")
+    peer.sendall(b"\n")
+    user.sees("one", "two", "你好世界" * 8, "<<<")
+
+
+def test_a_signal_restores_a_terminal_that_takes_nothing(talk):
+    user, peer = talk()
+    peer.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while select.select([], [peer], [], 0.1)[1]:
+            peer.send(b"a line\n" * 10_000)
+    user.process.terminate()
+    assert user.process.wait(DEADLINE) == -signal.SIGTERM
+    assert termios.tcgetattr(user.tty) == user.found
