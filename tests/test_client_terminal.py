@@ -788,6 +788,7 @@ def test_a_signal_restores_a_terminal_that_takes_nothing(talk):
     with contextlib.suppress(BlockingIOError):
         while select.select([], [peer], [], 0.1)[1]:
             peer.send(b"a line\n" * 10_000)
+    user.rests()  # it waits for room
     user.process.terminate()
     assert user.process.wait(DEADLINE) == -signal.SIGTERM
     assert termios.tcgetattr(user.tty) == user.found
