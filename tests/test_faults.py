@@ -7,7 +7,6 @@ import resource
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
