@@ -147,7 +147,7 @@ class Connection:
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
-        limit = len(buffer) if self.queue is None else CHUNK_SIZE
+        limit = RECEIVE_SIZE if self.queue is None else CHUNK_SIZE
         size = self.sock.recv_into(buffer, limit)
         if not size:
             self.eof_received = True
@@ -625,6 +625,8 @@ class Poller:
     gets an event waits for that time at most.
 
     Busy descriptors had an event, or were registered, between the last two full polls or since.
+
+    Every poll first asks with timeout 0: that costs a third of a poll that may wait.
     """
 
     FEW = 100  # with so many descriptors or fewer every poll is full: 10 peers are 7 % faster
@@ -663,7 +665,7 @@ class Poller:
             return self._full_poll(timeout)
         time_left = self._next_full_poll - time.monotonic()
         if time_left > 0:
-            events = self._busy.poll(min(int(time_left * 1000), timeout))
+            events = self._busy.poll(0) or self._busy.poll(min(int(time_left * 1000), timeout))
             # If the full poll is due by now, it comes first, so that idle descriptors do not wait
             # longer.  It reports these events again.
             if events and time.monotonic() < self._next_full_poll:
@@ -679,7 +681,7 @@ class Poller:
         return events
 
     def _full_poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Poll all descriptors; with timeout 0 that costs a third of a poll that may wait.
+        """Poll all descriptors.
 
         If the last wait was short, it polls with timeout 0 for a while (SPIN): to go to sleep
         and to wake up would take longer than the next event.

@@ -126,6 +126,7 @@ def test_every_sequence_of_the_kernels_answers(monkeypatch):
     What they do next depends on the end of file and the sizes that wait, and on nothing else
     that ``check`` has not compared.  So sequences of every length are in it.
     """
+    monkeypatch.setattr(poll_server, "RECEIVE_SIZE", ROOM)
     monkeypatch.setattr(poll_server, "CHUNK_SIZE", CHUNK)
     monkeypatch.setattr(poll_server, "QUEUE_CHUNKS", CHUNKS)
     count, ends = Counter(), 0
