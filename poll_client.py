@@ -491,7 +491,7 @@ def load_readline() -> Any:
 
 
 def fills_half_a_screen(text: str) -> bool:
-    """Whether it may do so: this counts bytes, of which no character has fewer than columns."""
+    """Whether the text may do so.  It counts bytes, as no character has more columns than bytes."""
     columns, rows = os.get_terminal_size(1)
     return len(for_stdout(escape_controls(text))) > (columns * rows or 80 * 24) / 2
 
