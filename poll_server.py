@@ -179,6 +179,10 @@ class Connection:
         if chunks.empty():
             self.queue = None
 
+    def unsent(self) -> int:
+        """Bytes that were received, and that send has not taken."""
+        return self.received - self.sent
+
     def unacknowledged(self) -> int:
         """Bytes that were sent, and that the peer's kernel has not acknowledged: tcp(7)."""
         return self._ask_kernel(termios.TIOCOUTQ)
@@ -189,7 +193,7 @@ class Connection:
         They are not received yet, or not sent yet, or the peer's kernel has not acknowledged them.
         """
         unread = self._ask_kernel(termios.FIONREAD)
-        return unread + self.received - self.sent + self.unacknowledged()
+        return unread + self.unsent() + self.unacknowledged()
 
     def _ask_kernel(self, request: int) -> int:
         """A count of bytes; tcp(7) has other names: SIOCINQ for FIONREAD, SIOCOUTQ for TIOCOUTQ."""
@@ -320,11 +324,11 @@ class PollServer:
 
         A peer that spoke during a standstill of the process is heard before its silence counts.
         """
-        fd_to_socket = self.fd_to_socket
-        masks = self.poller.masks
-        tracing = log.isEnabledFor(logging.DEBUG)
-        due = time.monotonic() >= self._next_housekeeping
         try:
+            fd_to_socket = self.fd_to_socket
+            masks = self.poller.masks
+            tracing = log.isEnabledFor(logging.DEBUG)
+            due = time.monotonic() >= self._next_housekeeping
             events = self._poll()
             for fd, flags in events:
                 connection = fd_to_socket.get(fd)
@@ -430,19 +434,13 @@ class PollServer:
 
         An exception here would end the server.  After a MemoryError the next turn tries again.
         """
-
-        def unsent(fd: int) -> int:
-            connection = self.fd_to_socket[fd]
-            return connection.received - connection.sent
-
-        try:
-            fd = max(self.fd_to_socket, key=unsent, default=None)
-            if fd is not None and unsent(fd):
+        with contextlib.suppress(MemoryError):
+            connections = self.fd_to_socket
+            fd = max(connections, key=lambda fd: connections[fd].unsent(), default=None)
+            if fd is not None and connections[fd].unsent():
                 self._cut(fd, "out of memory")
             else:
                 time.sleep(RETRY)
-        except MemoryError:
-            pass
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one connection; returns whether there may be another one to accept."""
@@ -498,6 +496,8 @@ class PollServer:
         """
         self._next_housekeeping = time.monotonic() + self._tick
         self._resume_accepting()
+        if self.stop_requests:
+            self._empty_backlog()
         for fd, connection in list(self.fd_to_socket.items()):
             if connection.silent_rounds < self._idle_rounds:
                 connection.silent_rounds += 1
@@ -580,11 +580,10 @@ class PollServer:
         for connection in self.fd_to_socket.values():
             connection.silent_rounds = 0
         while True:
-            self._empty_backlog()
+            self._turn()
             drained = not self.fd_to_socket and not self.listeners
             if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
-            self._turn()
         if self.listeners:  # accepting is paused, and the backlog has an unknown number of peers
             self.cut += 1
         for fd in list(self.fd_to_socket):
@@ -597,7 +596,6 @@ class PollServer:
 
         If accepting is paused and a backlog has peers, the listeners stay open for the next try.
         """
-        self._resume_accepting()
         for listener in list(self.listeners.values()):
             for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
@@ -782,7 +780,7 @@ def trace(
 ) -> None:
     """Log one event: the bytes in, and how many went out of those that were to be sent."""
     sent = connection.sent - sent_before
-    unsent = connection.received - connection.sent
+    unsent = connection.unsent()
     log.debug(
         "%s %s: %d in %r%s, %d of %d out, mask %s",
         connection.peer,
