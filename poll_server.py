@@ -74,14 +74,14 @@ READ_WRITE = READ_ONLY | WRITE_ONLY
 
 RECEIVE_SIZE = 224 * 1024  # bytes; with 128 KiB bulk transfers are 3 % slower
 CHUNK_SIZE = 8 * 1024  # bytes per receive while there is a queue
-QUEUE_CHUNKS = 3  # the first one is the rest of a large receive, so 240 KiB are unsent at most
+QUEUE_CHUNKS = 3  # at most: what is left of a receive of 224 KiB, then two of 8 KiB: 240 KiB
 
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
 PORT_TRIES = 10  # for port 0: the port that the first address gets may be in use on another one
 TICK = 1.0  # seconds between two rounds of housekeeping, at most
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
-DRAIN_ROUNDS = 4  # rounds of silence, 0.2 s, before a drain closes: a delayed ACK takes 0.04 s
+DRAIN_ROUNDS = 4  # of silence, 0.2 s: a peer may wait 0.04 s for an ACK before it sends on
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
@@ -143,7 +143,8 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With a queue, any event but a plain POLLIN goes to send, which raises errors as recv does.
+        # With a queue, receive only if nothing can be sent (POLLIN alone), as the queue is to get
+        # shorter.  Send raises what POLLERR and POLLHUP announce, as receive does.
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
@@ -157,7 +158,7 @@ class Connection:
         if self.queue is None:
             try:
                 sent = self.sock.send(data)
-            except OSError:  # there is no room; if the error lasts, the next event raises it again
+            except OSError:  # there is no room; another error comes again, with the next event
                 sent = 0
             self.sent += sent
             if sent == size:
@@ -188,7 +189,7 @@ class Connection:
         return self._ask_kernel(termios.TIOCOUTQ)
 
     def undelivered(self) -> int:
-        """Bytes that the peer has sent and not got back.
+        """Bytes that have arrived from the peer, and that it has not got back.
 
         They are not received yet, or not sent yet, or the peer's kernel has not acknowledged them.
         """
@@ -223,10 +224,10 @@ class PollServer:
     address: ``(host, port)``.  It listens on every address of the host, on all of the
         machine's if the host is empty, with the same port on each.  Port 0 takes a free one.
     max_connections: how many peers are served at a time; the others wait in the backlog of the
-        kernel.  None: there is no limit.
+        kernel, from which a stop takes them all.  None: there is no limit.
     idle_timeout: seconds.  A silent peer, one without an event, is closed at this time or up to
-        a second later.  A peer that does not take its bytes is closed at twice this time or up
-        to two seconds later.  None: no peer is closed for its silence.
+        a second later.  A peer that does not take its bytes is closed at twice this time and
+        two seconds at the latest.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
@@ -281,11 +282,11 @@ class PollServer:
         self.fd_to_socket: dict[int, Connection] = {}  # a connection owns its socket
         self.poller = Poller()
         self._max_connections = math.inf if max_connections is None else max_connections
-        self._idle_rounds = math.inf  # of silence, after which a connection is idle
+        self._max_silent_rounds = math.inf
         self._tick = TICK
         if idle_timeout is not None:
-            self._idle_rounds = max(2, math.ceil(idle_timeout / TICK))
-            self._tick = idle_timeout / self._idle_rounds
+            self._max_silent_rounds = max(2, math.ceil(idle_timeout / TICK))
+            self._tick = idle_timeout / self._max_silent_rounds
         # The times are those of time.monotonic().
         self._next_housekeeping = 0.0
         self._next_pause_log = 0.0
@@ -305,10 +306,10 @@ class PollServer:
     def serve_forever(self) -> None:
         """Serve until a stop is requested, then drain; returns when every connection is closed.
 
-        A server that has stopped does not start again: this returns at once.
+        It serves once: after that it returns at once.
         """
-        try:
-            with self._loop_lock:
+        with self._loop_lock:
+            try:
                 if not self.listeners:
                     return
                 for listener in self.listeners.values():
@@ -316,13 +317,15 @@ class PollServer:
                 while not self.stop_requests:
                     self._turn()
                 self._drain()
-        finally:  # also after an exception, or new peers would wait in a backlog for ever
-            self._close_listeners()
+            finally:  # also after an exception, or new peers would wait in a backlog for ever
+                self._close_listeners()
 
     def _turn(self) -> None:
-        """Poll once, act on every event, and do the housekeeping if it was due before the poll.
+        """Poll once, act on every event, and do the housekeeping if it is due.
 
-        A peer that spoke during a standstill of the process is heard before its silence counts.
+        Housekeeping counts silence, so it follows a poll that began when it was due, or that
+        found no event.  Otherwise, after a standstill of the process (SIGSTOP), a peer whose
+        bytes wait in the kernel would count as silent.
         """
         try:
             fd_to_socket = self.fd_to_socket
@@ -333,7 +336,7 @@ class PollServer:
             for fd, flags in events:
                 connection = fd_to_socket.get(fd)
                 if connection is None:
-                    self._handle_other(fd, flags)
+                    self._handle_listener_or_wake_up(fd, flags)
                     continue
                 sent_before = connection.sent
                 try:
@@ -351,7 +354,6 @@ class PollServer:
                     trace(connection, flags, self._buffer[:size], sent_before, mask)
                 if not mask:
                     self._close(fd, "end of file")
-            # If no descriptor had an event, every peer was silent until now.
             if due or (not events and time.monotonic() >= self._next_housekeeping):
                 self._housekeep()
         except MemoryError:
@@ -367,8 +369,7 @@ class PollServer:
             time.sleep(RETRY)
             return []
 
-    def _handle_other(self, fd: int, flags: int) -> None:
-        """Act on an event of a listener, or of another descriptor that is no connection's."""
+    def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self.listeners.get(fd)
         if listener:
             log.debug("listener: %s", flag_names(flags))
@@ -376,7 +377,7 @@ class PollServer:
             for _ in range(1 + len(self.poller.masks) // DESCRIPTORS_PER_ACCEPT):
                 if not self._accept(listener):
                     break
-        else:  # the wake-up, which is needed once; nothing else is registered
+        else:  # the wake-up, which is needed once, or what an exception has left of a connection
             self.poller.unregister(fd)
 
     def _handle_failure(self, fd: int, flags: int, error: OSError | MemoryError) -> None:
@@ -401,13 +402,13 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If an exception interrupts this, poll() reports POLLNVAL, and this is called again.
+        If an exception interrupts this, poll() reports POLLNVAL, and what is left is forgotten.
         """
         connection = self.fd_to_socket[fd]
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
-        self.poller.unregister(fd)
         del self.fd_to_socket[fd]
+        self.poller.unregister(fd)
         line = "%s closed: %d bytes in, %d out, %s"
         arguments = [connection.peer, connection.received, connection.sent, why]
         if undelivered:
@@ -445,8 +446,8 @@ class PollServer:
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one connection; returns whether there may be another one to accept."""
         if len(self.fd_to_socket) >= self._max_connections:
-            limit = f"{self._max_connections} connections are open, which is the limit"
-            self._pause_accepting(logging.INFO, limit)
+            why = f"{self._max_connections} connections are open, which is the limit"
+            self._pause_accepting(logging.INFO, why)
             return False
         try:
             sock, address = listener.accept()
@@ -499,7 +500,7 @@ class PollServer:
         if self.stop_requests:
             self._empty_backlog()
         for fd, connection in list(self.fd_to_socket.items()):
-            if connection.silent_rounds < self._idle_rounds:
+            if connection.silent_rounds < self._max_silent_rounds:
                 connection.silent_rounds += 1
             else:
                 self._close_if_idle(fd, connection)
@@ -508,19 +509,22 @@ class PollServer:
         """Close a silent connection, unless its peer is still receiving.
 
         A peer that reads slowly causes no event until a third of the send buffer is free, but
-        its kernel acknowledges bytes.  During a drain only the grace ends the wait for a peer
-        that has not all its bytes.
+        its kernel acknowledges bytes.  If it has acknowledged some since the last check, its
+        silence is counted from zero again, so a peer that takes nothing is closed at the second
+        check.  During a drain only the grace ends the wait for a peer that has not all its bytes.
         """
-        idle = f"idle for {self._tick * self._idle_rounds:g} s"
         undelivered = connection.undelivered()
+        if self.stop_requests:
+            if not undelivered:
+                self._close(fd, "server stopped")
+            return
         acknowledged = connection.sent - connection.unacknowledged()
-        if not undelivered:
-            self._close(fd, "server stopped" if self.stop_requests else idle)
-        elif acknowledged > connection.last_acknowledged:
+        if undelivered and acknowledged > connection.last_acknowledged:
             connection.last_acknowledged = acknowledged
             connection.silent_rounds = 0
-        elif not self.stop_requests:
-            self._close(fd, idle, undelivered)
+        else:
+            idle_timeout = self._tick * self._max_silent_rounds
+            self._close(fd, f"idle for {idle_timeout:g} s", undelivered)
 
     def request_stop(self) -> None:
         """Ask the loop to drain, and return at once; a signal handler may call this.
@@ -545,7 +549,8 @@ class PollServer:
     def server_close(self) -> None:
         """Stop the loop if it runs, wait for the end of its drain, and close everything.
 
-        It never cuts a drain short.  Leaving the ``with`` block calls it.
+        It never cuts a drain short.  Leaving the ``with`` block calls it.  The loop's own thread
+        must not call it, as it must not call ``shutdown()``.
         """
         if not self.stop_requests:
             self.request_stop()
@@ -563,7 +568,7 @@ class PollServer:
         self.server_close()
 
     def _drain(self) -> None:
-        """Echo what is on its way, and close each connection when its peer has all its bytes.
+        """Echo what still arrives, and close each connection when its peer has all its bytes.
 
         After a short silence ``_close_if_idle`` closes a connection whose peer has acknowledged
         every byte.  Without that condition bytes could be lost: if the peer sends a byte after
@@ -574,7 +579,7 @@ class PollServer:
         end = time.monotonic() + self.grace
         self.stop_requests = 1  # all requests so far have asked for this drain
         self._max_connections = math.inf
-        self._idle_rounds = DRAIN_ROUNDS
+        self._max_silent_rounds = DRAIN_ROUNDS
         self._tick = DRAIN_TICK
         self._next_housekeeping = 0.0
         for connection in self.fd_to_socket.values():
@@ -601,7 +606,7 @@ class PollServer:
                 if not self._accept(listener):
                     break
         backlogs = select.poll()
-        for fd in self.listeners.keys() - self.poller.masks.keys():  # accepting is paused there
+        for fd in self.listeners.keys() - self.poller.masks.keys():  # those with accepting paused
             backlogs.register(fd, READ_ONLY)
         if not backlogs.poll(0):
             self._close_listeners()
@@ -623,6 +628,7 @@ class Poller:
     gets an event waits for that time at most.
 
     Busy descriptors had an event, or were registered, between the last two full polls or since.
+    ``_busy`` has them.  ``_next_busy`` collects those that it gets at the next full poll.
 
     Every poll first asks with timeout 0: that costs a third of a poll that may wait.
     """
@@ -635,7 +641,7 @@ class Poller:
         self.masks: dict[int, int] = {}  # of the descriptors that are registered
         self._all = select.poll()
         self._busy = select.poll()
-        self._next_busy: set[int] = set()  # those that _busy gets at the next full poll
+        self._next_busy: set[int] = set()
         self._next_full_poll = 0.0  # seconds, monotonic
         self._last_wait_was_short = False
 
@@ -643,14 +649,13 @@ class Poller:
         """Poll a descriptor for these events, instead of those before."""
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
-        self.masks[fd] = mask  # if one of these steps fails, the old mask stands here
+        self.masks[fd] = mask  # last, so that what failed to register is seen as not registered
         self._next_busy.add(fd)
 
     def unregister(self, fd: int) -> None:
         """Forget a descriptor, also one that is not registered."""
         self.masks.pop(fd, None)
-        self._next_busy.discard(fd)
-        for poller in (self._busy, self._all):
+        for poller in (self._all, self._busy):
             with contextlib.suppress(KeyError):
                 poller.unregister(fd)
 
@@ -669,10 +674,11 @@ class Poller:
             if events and time.monotonic() < self._next_full_poll:
                 self._next_busy.update(dict(events))  # the keys: the descriptors
                 return events
+        # No busy descriptor has an event, or the full poll is due.
         events = self._full_poll(timeout)
         self._next_busy.update(dict(events))
         self._busy = select.poll()
-        for fd in self._next_busy:
+        for fd in self._next_busy & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
         self._next_busy = set()
         self._next_full_poll = time.monotonic() + self.PATIENCE * len(self.masks)
@@ -681,8 +687,8 @@ class Poller:
     def _full_poll(self, timeout: int) -> list[tuple[int, int]]:
         """Poll all descriptors.
 
-        If the last wait was short, it polls with timeout 0 for a while (SPIN): to go to sleep
-        and to wake up would take longer than the next event.
+        If the last wait was short, it polls with timeout 0 for a while (SPIN): the next event is
+        likely to come before the process could go to sleep and wake up again.
         """
         spin_end = time.monotonic()
         if self._last_wait_was_short:
@@ -730,12 +736,12 @@ def listen_on(
     listeners: list[socket.socket] = []
     errors: list[OSError] = []
     with contextlib.ExitStack() as to_close:
-        for family, (host, port, *scope) in addresses:  # IPv6 addresses have a scope
+        for family, (host, port, *rest) in addresses:  # the rest: RFC 3493, section 3.3
             if listeners:
                 port = listeners[0].getsockname()[1]
             try:
                 listener = socket.create_server(
-                    (host, port, *scope), family=family, backlog=BACKLOG, reuse_port=reuse_port
+                    (host, port, *rest), family=family, backlog=BACKLOG, reuse_port=reuse_port
                 )
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
@@ -833,10 +839,10 @@ class StderrHandler(logging.Handler):
             line = f"{note}{record.getMessage()}\n".encode()
             if not self._poller.poll(0):
                 return
-            written = os.write(self._fd, self._unwritten + line)
-            written_of_line = written - len(self._unwritten)
-            if written_of_line > 0:
-                self._unwritten = line[written_of_line:]
+            data = self._unwritten + line
+            written = os.write(self._fd, data)
+            if written > len(self._unwritten):  # the line has begun, so its end must follow
+                self._unwritten = data[written:]
                 self._left_out = 0
             else:
                 self._unwritten = self._unwritten[written:]
@@ -853,7 +859,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     parser = argparse.ArgumentParser(
         prog="poll_server",
         description="Echo every byte back, over TCP, with poll(2).",
-        epilog="SIGTERM, Ctrl-C or a closed terminal (SIGHUP) stops it: what peers have sent is "
+        epilog="SIGTERM, Ctrl-C or a closed terminal (SIGHUP) stops it: what has arrived is "
         "echoed first, for 5 s at most; a second SIGTERM or Ctrl-C stops it at once. "
         "exit status: 0 stopped, and no peer had to be cut, 1 peers had to be cut, or an address "
         "cannot be used, 2 usage error.",
@@ -875,8 +881,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before the loop runs
-    # If standard error is closed at the start, a socket would get descriptor 2, and its peer the
-    # log.
+    # If standard error is closed at the start, the first socket would be descriptor 2, and the log
+    # would be sent to its peer.
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)

@@ -82,6 +82,20 @@ def test_a_failing_call_costs_at_most_the_connection_that_it_hit(traced, call, t
     assert status == (1 if is_cut else 0)
 
 
+@pytest.mark.parametrize("error", ["ENOMEM", "ENOBUFS", "ECONNRESET"])
+def test_bytes_that_a_shortage_of_the_kernel_costs_are_told_by_log_and_status(traced, error):
+    """A peer that has gone is not counted: it is not the server's loss."""
+    peer = traced.connect()
+    exchange(peer, b"hello")
+    with failing(traced.pid, "recvfrom", error, "1") as failed:
+        peer.sendall(b"these bytes are never received")
+        wait_until(lambda: failed() and traced.matches(" closed: "), "the connection's end")
+    is_short = error != "ECONNRESET"
+    assert bool(traced.matches("closed: 5 bytes in, 5 out, .*, 30 bytes lost$")) == is_short
+    assert traced.stop() == is_short
+    assert bool(traced.matches("^cut 1 connections, 30 bytes lost$")) == is_short
+
+
 @pytest.mark.parametrize("error", ["EAGAIN", "EINTR", "ENOBUFS", "EPIPE"])
 def test_a_failing_send_of_waiting_bytes_costs_that_connection_only(traced, error):
     with traced.connect() as bystander, traced.connect(far=True) as slow:

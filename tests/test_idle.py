@@ -9,8 +9,18 @@ import threading
 import time
 
 from faults import needs_strace
-from peers import DEADLINE, KIB, MIB, exchange, pattern, push, read_to_end, unacknowledged
-from processes import wait_until
+from peers import (
+    DEADLINE,
+    KIB,
+    MIB,
+    exchange,
+    pattern,
+    push,
+    read_to_end,
+    receive,
+    unacknowledged,
+)
+from processes import descendants, rests, wait_until
 
 
 def tick(timeout):
@@ -112,6 +122,25 @@ def test_one_long_turn_makes_no_talking_peer_idle(serve, tmp_path):
     group.end()
     assert not group.lost
     assert not server.matches("idle"), "\n".join(server.log)
+
+
+def test_who_says_the_first_word_during_a_long_turn_is_not_idle(serve, tmp_path):
+    """These peers are about to be closed when it begins, and their words come before it ends."""
+    needs_strace()
+    words = ["strace", "-f", "-qq", "-e", "trace=recvfrom", "-o", str(tmp_path / "trace")]
+    words += ["-e", "inject=recvfrom:delay_enter=2000000:when=1"]
+    server = serve("--idle-timeout", "1", wrapper=words)
+    peers = []
+    for _ in range(10):
+        peers += server.crowd(1)
+        time.sleep(0.1)
+    server.crowd(1, b"this receive takes two seconds")
+    (child,) = descendants(server.pid)
+    rests(child)
+    for peer in peers:
+        peer.sendall(b"hello")
+    assert [receive(peer, 5) for peer in peers] == [b"hello"] * 10
+    assert "DELAYED" in (tmp_path / "trace").read_text()
 
 
 def test_a_silent_peer_is_closed_at_the_timeout_or_a_tick_later(serve):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from faults import in_namespaces
 from peers import DEADLINE, KIB, MIB, dial, exchange, pattern, read_to_end
-from processes import NO_SPIN, ROOT, SERVER, cpu_share, wait_until
+from processes import MANY, NO_SPIN, ROOT, SERVER, cpu_share, wait_until
 
 NAME = r"127\.0\.0\.1:\d+"
 NOTE = re.compile(r"\((\d+) lines left out\)")
@@ -365,6 +365,26 @@ def test_standard_descriptors_closed_at_the_start_become_no_sockets(logging_to):
             other.shutdown(socket.SHUT_WR)
             assert read_to_end(other) == b""
         assert service.stop() == 0
+
+
+# A process that is started with more than 1,024 descriptors, as a child of a large service may be.
+MANY_OPEN = """
+import os, resource, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+for _ in range(1100):
+    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_log_whose_descriptor_is_above_1024_has_its_lines(serve):
+    if MANY < 1500:
+        pytest.skip("the limit of descriptors is too low")
+    server = serve(wrapper=(sys.executable, "-c", MANY_OPEN))
+    assert server.descriptors() > 1100
+    assert exchange(server.connect(), b"hello") == b"hello"
+    server.wait_for_log(" opened$")
 
 
 def test_a_line_that_is_written_needs_no_later_one(logging_to, opened):

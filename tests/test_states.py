@@ -1,17 +1,24 @@
 """Every answer that the kernel can give, run through ``Connection``; and ``Poller`` by the clock.
 
+A shortage of memory, too, may come at every line.
+
 Scripts answer instead of sockets and clocks, so no sequence depends on buffers or the machine,
 and none is left out.  ``pytest -s -n 0 tests/test_states.py`` prints how many there were.
 
 This is the only file that knows names of the inside: ``handle`` and ``interest`` with what a
-connection holds; ``register``, ``unregister`` and ``poll``; and the constants set here.
+connection holds; ``register``, ``unregister`` and ``poll``; ``_turn`` and the table of the
+connections; and the constants set here.
 """
 
 import copy
 import itertools
 import queue
 import select
+import subprocess
+import sys
 from collections import Counter
+
+from processes import ROOT
 
 import poll_server
 from poll_server import READ_ONLY, READ_WRITE, WRITE_ONLY, Connection, Poller
@@ -242,3 +249,117 @@ def test_no_descriptor_waits_longer_than_the_law_and_no_old_mask_is_polled(monke
     print(f"\n{count} sequences of {TURNS} turns: the longest wait was {longest:.4f} s")
     assert longest <= 9 * PATIENCE + 18 * COST + 2 * WORK
     assert apart > 1000
+
+
+# Raises MemoryError where a chosen line of a turn runs for the first time, called from a chosen
+# one: in one run after another for each line that a run without it has met, then for each line
+# that frees memory after it.  Peers come, send, do not read, and go.  After that the next one
+# must be served, all that have gone must be closed, and the server must stop in good order.  The
+# line that catches the exception is no place for one.
+EVERY_LINE_OF_A_TURN = """
+import concurrent.futures, contextlib, linecache, logging, socket, sys, threading, time
+import poll_server
+from poll_server import PollServer
+
+poll_server.Poller.FEW = 0
+poll_server.log.setLevel("DEBUG")
+poll_server.log.addHandler(logging.NullHandler())
+place = poll_server.__file__
+TURN, FREE = PollServer._turn.__code__, PollServer._free_memory.__code__
+NO_PLACE = ("try:", "except", "self._free_memory", "with contextlib.suppress(MemoryError)")
+
+class Run:
+    def __init__(self, chosen):
+        self.chosen, self.lines, self.frees = chosen, {}, {}
+        self.inside, self.good = [], False
+        with PollServer(("127.0.0.1", 0), max_connections=2, grace=0.3) as self.server:
+            peers = threading.Thread(target=self.send_peers)
+            peers.start()
+            sys.setprofile(self.watch)
+            sys.settrace(self.trace)
+            self.server.serve_forever()
+            sys.settrace(None)
+            sys.setprofile(None)
+            peers.join()
+
+    def watch(self, frame, event, _):
+        if frame.f_code in (TURN, FREE) and event == "call":
+            self.inside.append(frame.f_code)
+        if frame.f_code in (TURN, FREE) and event == "return":
+            self.inside.pop()
+        # An exception in a trace function ends the tracing; the next call begins it anew.
+        if event == "call" and frame.f_code.co_filename == place and not sys.gettrace():
+            sys.settrace(self.trace)
+            frame.f_trace = self.trace
+
+    def trace(self, frame, event, _):
+        if frame.f_code.co_filename != place:
+            return
+        if event == "line" and self.inside:
+            where = frame.f_lineno, frame.f_back.f_lineno
+            line = linecache.getline(place, frame.f_lineno).strip()
+            if not line.startswith(NO_PLACE):
+                is_first = where not in self.lines
+                self.lines[where] = line
+                if FREE in self.inside:
+                    self.frees[where] = line
+                if is_first and where in self.chosen:
+                    raise MemoryError
+        return self.trace
+
+    def connect(self):
+        peer = socket.socket()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer.settimeout(5)
+        peer.connect(self.server.server_address)
+        return peer
+
+    def visit(self, peer):
+        with contextlib.suppress(OSError):
+            peer.sendall(b"hello")
+            return peer.recv(5) == b"hello"
+        return False
+
+    def send_peers(self):
+        with self.connect() as deaf, self.connect() as slow:
+            for peer in deaf, slow:
+                peer.setblocking(False)
+                with contextlib.suppress(OSError):
+                    for _ in range(2000):
+                        peer.send(bytes(4096))
+            third = self.connect()  # it waits in the backlog until one of them has gone
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    slow.recv(65536)
+        with third:
+            self.visit(third)
+        end = time.monotonic() + 5
+        while self.server.fd_to_socket and time.monotonic() < end:
+            time.sleep(0.01)
+        is_empty = not self.server.fd_to_socket
+        with self.connect() as peer:
+            self.good = self.visit(peer) and is_empty
+            self.server.shutdown()
+
+def run_all(choices):
+    pool = concurrent.futures.ThreadPoolExecutor(32)  # a trace function belongs to its thread
+    return list(zip(choices, pool.map(Run, choices)))
+
+lines = Run([]).lines
+once = run_all([[where] for where in lines])
+second = {more: chosen[0] for chosen, run in once for more in run.frees}
+twice = run_all([[where, more] for more, where in second.items()])
+for chosen, run in once + twice:
+    assert run.good, [(where, run.lines[where]) for where in chosen]
+print(len(once), len(twice))
+"""
+
+
+def test_want_of_memory_at_any_line_of_a_turn_ends_no_server():
+    command = [sys.executable, "-c", EVERY_LINE_OF_A_TURN]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=50)
+    assert done.returncode == 0, done.stderr
+    once, twice = map(int, done.stdout.split())
+    print(f"\n{once} lines of a turn, and {twice} that free memory")
+    assert once > 100 and twice > 10

@@ -1,6 +1,7 @@
 """Signals and stopping: nothing is lost that can be delivered, and exit status 0 says so."""
 
 import contextlib
+import resource
 import select
 import shutil
 import signal
@@ -116,6 +117,24 @@ def test_want_of_descriptors_at_the_stop_loses_nobody_in_the_backlog(serve):
     for peer in peers:
         assert read_to_end(peer) == b"hello"
     assert server.wait() == 0
+
+
+@pytest.mark.parametrize("waiting", [0, 3], ids=["empty", "three wait"])
+@pytest.mark.parametrize("ends", [False, True], ids=["lasts", "ends"])
+def test_no_descriptor_at_a_stop_is_a_loss_only_if_somebody_waits(serve, waiting, ends):
+    server = with_grace(serve, DEADLINE if ends else 1, "--host", "127.0.0.1")
+    before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    # The descriptors that are open stay so, and there is no new one: accept fails.
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (server.descriptors(), before[1]))
+    peers = server.crowd(waiting, b"hello")
+    server.kill()
+    if ends and waiting:
+        server.wait_for_log("stopping")
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, before)
+        assert [read_to_end(peer) for peer in peers] == [b"hello"] * waiting
+    status = server.wait()
+    assert server.matches("not accepting: accept: Too many open files")
+    assert status == (1 if waiting and not ends else 0)
 
 
 def test_a_peer_in_the_middle_of_talking_may_go_on_for_a_moment(serve):
