@@ -4,9 +4,10 @@
 One poll(2) loop waits for the socket and for standard input (``Conversation``).  The masks
 depend on whether there are unsent bytes, those that were read and that send has not taken yet:
 
-    unsent bytes    mask of the socket    mask of standard input
-    none            READ_ONLY             READ_ONLY, and none after end of file (EOF) or a loss
-    some            READ_WRITE            none: the next input waits in the kernel
+    unsent bytes              mask of the socket    mask of standard input
+    none                      READ_ONLY             READ_ONLY
+    none, and end of input    READ_ONLY             not registered
+    some                      READ_WRITE            not registered: the next input waits
 
 How input is read and how output is shown depends on what standard input and output are:
 
@@ -58,8 +59,8 @@ READ_WRITE = READ_ONLY | select.POLLOUT
 READ_SIZE = 256 * 1024  # bytes per read and receive; with 64 KiB a pipe is a tenth slower
 PROMPT = "<<< "
 PATIENCE = 300  # milliseconds of silence of the server, after which the prompt comes
-REDRAW_PAUSE = 0.01  # seconds; 1,000 lines a second cost 4 % of a core, without a pause 14 %
-PROMPT_IS_SAVED = 0x580  # readline.h, RL_STATE_...: ISEARCH, NSEARCH or NUMERICARG
+REDRAW_PAUSE = 0.01  # seconds after a redraw: 1,000 lines a second cost 4 % of a core, not 14 %
+OWN_PROMPT = 0x580  # states in which readline shows its own: readline.h, ISEARCH|NSEARCH|NUMERICARG
 FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7)
 
 
@@ -76,10 +77,10 @@ class Conversation:
         self.reading = True  # until end of input, or until the connection is lost
         self.receiving = True  # until the server closes, or until a receive fails
         self.loss_reason = ""  # why the connection was lost
-        self.taken = 0  # bytes of the input, sent or not
+        self.input_size = 0  # bytes, sent or not
         self.received = 0  # bytes
-        # CRC-32 finds every single flipped bit, and misses one in 2**32 of other faults.
-        self.taken_crc = 0
+        # CRC-32 finds every error of one bit, and misses about one in 2**32 of other errors.
+        self.input_crc = 0
         self.received_crc = 0
 
     def run(self) -> None:
@@ -97,7 +98,7 @@ class Conversation:
                     self._send()
                 elif fd != 0:
                     self._receive()
-                elif self.reading:  # the connection may have been lost just now
+                elif self.reading and self.receiving:  # the event before may have ended it
                     self._read()
 
     def _read(self) -> None:
@@ -111,8 +112,8 @@ class Conversation:
             with contextlib.suppress(OSError):  # ENOTCONN after a reset, which receive reports
                 self.sock.shutdown(socket.SHUT_WR)
             return
-        self.taken += len(data)
-        self.taken_crc = zlib.crc32(data, self.taken_crc)
+        self.input_size += len(data)
+        self.input_crc = zlib.crc32(data, self.input_crc)
         self.unsent = memoryview(data)
         self._send()
 
@@ -173,7 +174,7 @@ class LocalSide:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Called at the end; a second call changes nothing."""
+        """Give back what ``start`` took; called at the end, and may be called before it."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -190,15 +191,16 @@ class Copier(LocalSide):
         write(data)
 
     def verdict(self, conversation: Conversation) -> str:
-        taken = conversation.taken
+        input_size = conversation.input_size
         received = conversation.received
-        if conversation.loss_reason or conversation.reading or received < taken:
-            early = " before the end of the input" if conversation.reading else ""
+        closed_early = conversation.reading
+        if conversation.loss_reason or closed_early or received < input_size:
+            early = " before the end of the input" if closed_early else ""
             ended = conversation.how_it_ended()
-            return f"{ended}{early}; {received} of {taken} bytes came back"
-        if received > taken:
-            return f"{received} bytes came back, but {taken} were sent"
-        if conversation.received_crc != conversation.taken_crc:
+            return f"{ended}{early}; {received} of {input_size} bytes came back"
+        if received > input_size:
+            return f"{received} bytes came back, but {input_size} were sent"
+        if conversation.received_crc != conversation.input_crc:
             return f"the {received} bytes that came back are not those that were sent"
         return ""
 
@@ -213,10 +215,10 @@ class TerminalSession(LocalSide):
     def __init__(self) -> None:
         self._waiting_for_silence = False  # which brings the prompt, or a message at the end
         self._input_ended = False
-        self._unfinished = ""  # the unfinished line, or as much of it as is on the last row
+        self._last_row = ""  # what stands there before the prompt: most often the unfinished line
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-        self._found = termios.tcgetattr(0)
+        self._found_modes = termios.tcgetattr(0)
 
     def start(self) -> None:
         for name in FATAL_SIGNALS.split():
@@ -234,8 +236,8 @@ class TerminalSession(LocalSide):
         if not self._input_ended:
             self._draw_last_row()
             return
-        self._finish_last_row()
-        self._unfinished = ""
+        self._start_new_row()
+        self._last_row = ""
         say("waiting for the server to close; Ctrl-C leaves")
 
     def read(self) -> bytes | None:
@@ -243,7 +245,7 @@ class TerminalSession(LocalSide):
         if not data:
             self._end_input()
             return data
-        self._unfinished = data.decode(errors="replace").rpartition("\n")[2]
+        self._last_row = "" if data.endswith(b"\n") else data.decode(errors="replace")
         self._waiting_for_silence = True
         return data
 
@@ -262,61 +264,62 @@ class TerminalSession(LocalSide):
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._has_prompt():
+        if self._wants_prompt():
             write("\n")  # the prompt stays, with what is typed
+            self._last_row = ""
         write(escape_controls(text))
-        self._unfinished = text.rpartition("\n")[2]
+        self._last_row = (self._last_row + text).rpartition("\n")[2]
         if not self._input_ended:
-            self._waiting_for_silence = bool(self._unfinished)
+            self._waiting_for_silence = bool(self._last_row)
             self._draw_last_row()
 
     def _end_input(self) -> None:
         """Give the terminal back: from now on the job may run in the background."""
         self.release()
-        self._unfinished = ""
+        self._last_row = ""
         self._input_ended = True
         self._waiting_for_silence = True
 
-    def _has_prompt(self) -> bool:
-        """Whether the prompt is on the last row."""
+    def _wants_prompt(self) -> bool:
+        """Whether the prompt belongs on the last row: not while a reply is awaited."""
         return not self._waiting_for_silence and not self._input_ended
 
     def _draw_last_row(self) -> None:
-        """Draw the prompt, if the last row has one."""
-        if self._has_prompt():
+        """Write the prompt, if it belongs there; what is typed cannot be drawn again here."""
+        if self._wants_prompt():
             write(PROMPT)
 
-    def _finish_last_row(self) -> None:
-        """Move the cursor to the start of a row."""
-        if self._unfinished or self._has_prompt():
+    def _start_new_row(self) -> None:
+        """Move the cursor to the start of a row, below what has been drawn."""
+        if self._last_row or self._wants_prompt():
             write("\n")
 
-    def _prepare_terminal(self) -> None:
+    def _set_modes(self) -> None:
         """Nothing to set: the terminal edits as it was found."""
 
-    def _restore_terminal(self) -> None:
+    def _restore_modes(self) -> None:
         """Nothing to restore."""
 
     def _leave_terminal(self) -> None:
         """Leave the terminal as it was found, with the cursor at the start of a row."""
-        self._finish_last_row()
-        self._restore_terminal()
+        self._start_new_row()
+        self._restore_modes()
 
     def _handle(self, number: int, handler: Any) -> None:
-        """Set a signal's handler, unless it was ignored at the start: nohup ignores SIGHUP."""
+        """Set a signal's handler, unless the signal is ignored, as SIGHUP is by nohup."""
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
     def _take_terminal(self, *_: object) -> None:
         """Prepare the terminal and show the prompt; called at the start and by SIGCONT.
 
-        In the background the process stops itself by SIGTTIN.  It has to: a shell that moves it
-        to the foreground sends SIGCONT, which calls this again, only if the process is stopped.
+        In the background the process stops itself, by SIGTTIN.  To a stopped process the shell's
+        ``fg`` sends SIGCONT, which calls this again; to a running one it sends nothing.
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
             return
-        self._prepare_terminal()
+        self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
         self._draw_last_row()
 
@@ -328,7 +331,7 @@ class TerminalSession(LocalSide):
             if select.select([], [1], [], 0)[1]:
                 self._leave_terminal()
             else:  # a write would block, as after Ctrl-S
-                termios.tcsetattr(0, termios.TCSANOW, self._found)
+                termios.tcsetattr(0, termios.TCSANOW, self._found_modes)
 
     def _die(self, number: int, _: object) -> None:
         """End by this signal, as without a handler."""
@@ -343,7 +346,8 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # the last line here does its work
+        # The last line takes the terminal, also if SIGTSTP was ignored; SIGCONT must not do so too.
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         signal.signal(number, self._suspend)
@@ -371,8 +375,9 @@ class ReadlineSession(TerminalSession):
         self._eof_seen = False
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
-        # By these functions readline would restore the terminal after each line, and prepare it
-        # for the next one.  Between them the terminal would echo each key.
+        # readline would restore the terminal's modes after each line, and set them for the next
+        # one; the terminal would echo a key that comes between.  Without these two functions it
+        # does not, and _set_modes and _restore_modes do it once.
         ctypes.c_void_p.in_dll(library, "rl_prep_term_function").value = None
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
@@ -388,10 +393,10 @@ class ReadlineSession(TerminalSession):
             self._waiting_for_silence = False
             self._erase()
             self._draw_last_row()
-        was_saved = self._state.value & PROMPT_IS_SAVED
+        was_saved = self._state.value & OWN_PROMPT
         self._library.rl_callback_read_char()
-        if was_saved and not self._state.value & PROMPT_IS_SAVED:
-            # readline has restored the prompt of the moment when the search began.
+        if was_saved and not self._state.value & OWN_PROMPT:
+            # readline has restored our prompt as it was when its own one came.
             self._erase()
             self._draw_last_row()
         if self._lines:
@@ -407,11 +412,11 @@ class ReadlineSession(TerminalSession):
         """Called by readline with the address of a finished line, or with None at end of input.
 
         ctypes drops exceptions that are raised here, so ``read`` acts on the line.  When this
-        returns, readline draws the last row anew, with the unfinished line on it.
+        returns, readline draws a new row with the prompt that is set here.
         """
         if line is None:
             self._eof_seen = True
-            self._library.rl_set_prompt(b"")
+            self._library.rl_set_prompt(b"")  # so it draws nothing
             return
         text = self._string_at(line)
         self._library.free(line)
@@ -425,12 +430,15 @@ class ReadlineSession(TerminalSession):
         if self._input_ended:
             super()._show_text(text)
             return
-        lines, newline, self._unfinished = (self._unfinished + text).rpartition("\n")
+        lines, newline, self._last_row = (self._last_row + text).rpartition("\n")
         finished = escape_controls(lines + newline)
-        if fills_half_a_screen(self._unfinished):  # readline could not erase it any more
-            finished += escape_controls(self._unfinished) + "\n"
-            self._unfinished = ""
-        if not self._unfinished:  # else the prompt stays or is missing, as it was
+        # What has left the screen cannot be erased, and the typed text needs room, too.
+        if may_fill_half_a_screen(self._last_row):
+            finished += escape_controls(self._last_row) + "\n"
+            self._last_row = ""
+        # The end of a line brings the prompt.  An unfinished line changes nothing: a prompt that
+        # is shown stays behind it.
+        if not self._last_row:
             self._waiting_for_silence = False
         self._erase()
         write(finished)
@@ -438,37 +446,37 @@ class ReadlineSession(TerminalSession):
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._has_prompt() else ""
+        prompt = PROMPT if self._wants_prompt() else ""
+        text = escape_controls(self._last_row) + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
-        text = escape_controls(self._unfinished) + prompt
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
 
     def _erase(self) -> None:
         """Erase the prompt and the typed text from the screen."""
         self._library.rl_clear_visible_line()
-        self._library.fflush(None)  # readline writes through stdio
+        self._library.fflush(None)  # rl_redisplay() does so by itself
 
     def _draw_last_row(self) -> None:
-        """Draw the unfinished line, the prompt if the last row has one, and the typed text."""
+        """Draw the unfinished line, the prompt if it belongs there, and the typed text."""
         self._library.rl_reset_screen_size()  # the window may have changed
         self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
 
-    def _finish_last_row(self) -> None:
+    def _start_new_row(self) -> None:
         """Move the cursor behind the typed text first."""
         if not self._input_ended:
             self._library.rl_end_of_line(1, 0)
             self._library.rl_redisplay()
-        super()._finish_last_row()
+        super()._start_new_row()
 
-    def _prepare_terminal(self) -> None:
+    def _set_modes(self) -> None:
         # After SIGSTOP readline believes that the terminal is still prepared, and would do
         # nothing.  rl_deprep_terminal() corrects that.
         self._library.rl_deprep_terminal()
         self._library.rl_prep_terminal(1)
 
-    def _restore_terminal(self) -> None:
+    def _restore_modes(self) -> None:
         self._library.rl_deprep_terminal()
 
 
@@ -490,8 +498,8 @@ def load_readline() -> Any:
     return library if erase_sequence else None
 
 
-def fills_half_a_screen(text: str) -> bool:
-    """Whether the text may do so.  It counts bytes, as no character has more columns than bytes."""
+def may_fill_half_a_screen(text: str) -> bool:
+    """Whether the text may take as much: no character has more columns than bytes."""
     columns, rows = os.get_terminal_size(1)
     return len(for_stdout(escape_controls(text))) > (columns * rows or 80 * 24) / 2
 
@@ -539,7 +547,8 @@ def say(text: str) -> None:
 def write(data: bytes | str) -> None:
     """Write to standard output, also where another process has made it non-blocking.
 
-    sys.stdout would drop text when a signal interrupts its write.  Raises ``OSError``.
+    sys.stdout would lose text there, and raise ``RuntimeError`` where a signal's handler writes
+    during a write.  Raises ``OSError``.
     """
     rest = for_stdout(data) if isinstance(data, str) else data
     while rest:
@@ -600,14 +609,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
-        epilog="exit status: 0 if all came back (at a terminal: if Ctrl-D ended it); 1 if not, or "
-        "if there was no connection; 2 for a usage error. Ctrl-C ends it by SIGINT.",
+        epilog="exit status: 0 if exactly the input came back (at a terminal: if Ctrl-D ended the "
+        "input and the connection was not lost); 1 if not, or if there was no connection; 2 for a "
+        "usage error. Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
     host_help = "of the server (default: %(default)s)"
     add("--host", type=without_brackets, default="localhost", help=host_help)
     add("--port", type=port_number, default=8800, help="its port (default: %(default)s)")
-    add("--timeout", type=seconds, default=10, help="seconds to connect (default: %(default)s)")
+    add("--timeout", type=seconds, default=10, help="seconds, for each address (%(default)s)")
     add("-v", "--verbose", action="store_true", help="print bytes, seconds and rate at the end")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(argv)
@@ -638,7 +648,7 @@ def converse(options: argparse.Namespace) -> str:
         if options.verbose:
             took = time.monotonic() - started
             rate = conversation.received / took / 1e6
-            summary = f"{conversation.taken} bytes sent, {conversation.received} came back"
+            summary = f"{conversation.input_size} bytes read, {conversation.received} came back"
             say(f"{summary} in {took:.3f} s, {rate:.1f} MB/s")
     return local.verdict(conversation)
 
@@ -647,7 +657,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     quiet_ctrl_c()
     # If a standard descriptor is closed, the next open file would get its number.  The null
-    # device, opened to be read, is the right one: it is at its end, and to write it is an error.
+    # device takes it, opened for reading only: to read it gives end of file, to write it fails.
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
     os.close(fd)

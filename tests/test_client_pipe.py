@@ -250,7 +250,7 @@ def test_verbose_ends_with_bytes_seconds_and_rate(start, far_end, tmp_path):
     peer.close()
     status, output, messages = finish(client)
     assert (status, len(output)) == (0, 2_000_000)
-    sizes = r"2000000 bytes sent, 2000000 came back in (\d+\.\d{3}) s, (\d+\.\d) MB/s\n"
+    sizes = r"2000000 bytes read, 2000000 came back in (\d+\.\d{3}) s, (\d+\.\d) MB/s\n"
     seconds, rate = map(float, re.fullmatch(sizes, messages).groups())
     assert seconds >= 0.5 and abs(2 / seconds - rate) <= 0.06, messages
 

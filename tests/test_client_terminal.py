@@ -111,7 +111,7 @@ def test_each_echo_stands_under_its_line_and_the_prompt_under_the_echo(terminal,
     user.rests()
     user.type(CTRL_D)
     user.ends(0)
-    summary = r"22 bytes sent, 22 came back in \d+\.\d{3} s, 0\.0 MB/s"
+    summary = r"22 bytes read, 22 came back in \d+\.\d{3} s, 0\.0 MB/s"
     assert re.fullmatch(summary, user.rows()[-2]), user.rows()
 
 
@@ -523,7 +523,7 @@ def test_the_last_words_of_a_server_that_hangs_up_are_shown_whole(talk, leave):
         leave(peer)
     user.ends(1)
     assert user.rows()[:2] == ["going down", r"no newline, and \xe4\xbd<<<"]
-    assert user.rows()[2].startswith("0 bytes sent, 29 came back in ")
+    assert user.rows()[2].startswith("0 bytes read, 29 came back in ")
     assert user.rows()[3].startswith("poll_client: connection ")
 
 
