@@ -372,7 +372,8 @@ class PollServer:
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self.listeners.get(fd)
         if listener:
-            log.debug("listener: %s", flag_names(flags))
+            if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
+                log.debug("listener: %s", flag_names(flags))
             # The more descriptors, the longer a poll takes: so more are accepted after each.
             for _ in range(1 + len(self.poller.masks) // DESCRIPTORS_PER_ACCEPT):
                 if not self._accept(listener):
