@@ -2,14 +2,15 @@
 """A client of poll_server.py: it sends its standard input, and shows what the server sends.
 
 One poll(2) loop waits for the socket and for standard input (``Conversation``).  The masks
-depend on whether there are unsent bytes, those that were read and that send has not taken yet:
+depend on the unsent bytes: those read from standard input that send has not taken yet.
 
     unsent bytes              mask of the socket    mask of standard input
     none                      READ_ONLY             READ_ONLY
     none, and end of input    READ_ONLY             not registered
     some                      READ_WRITE            not registered: the next input waits
 
-How input is read and how output is shown depends on what standard input and output are:
+How input is read and how output is shown depends on whether both are terminals, and whether
+Python has GNU readline:
 
     ``Copier``             bytes are copied; the exit status tells whether the echo was exact
     ``TerminalSession``    a person types lines, and the terminal edits them
@@ -56,12 +57,13 @@ __version__ = "1.0.0"
 READ_ONLY = select.POLLIN
 READ_WRITE = READ_ONLY | select.POLLOUT
 
-READ_SIZE = 256 * 1024  # bytes per read and receive; with 64 KiB a pipe is a tenth slower
+READ_SIZE = 256 * 1024  # bytes per read or receive; with 64 KiB an echo takes a tenth longer
 PROMPT = "<<< "
 PATIENCE = 300  # milliseconds of silence of the server, after which the prompt comes
 REDRAW_PAUSE = 0.01  # seconds after a redraw: 1,000 lines a second cost 4 % of a core, not 14 %
 OWN_PROMPT = 0x580  # states in which readline shows its own: readline.h, ISEARCH|NSEARCH|NUMERICARG
-FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"  # signal(7)
+# signal(7): those that end a process, but for SIGPIPE and those of errors in the program.
+FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 
 
 class Conversation:
@@ -170,11 +172,11 @@ class LocalSide:
         raise NotImplementedError
 
     def show(self, data: bytes) -> None:
-        """Show what the server has sent; b"" means that the server has closed."""
+        """Show what the server has sent; b"" means that nothing more will come."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Give back what ``start`` took; called at the end, and may be called before it."""
+        """Give back what ``start`` took; called at the end, and harmless if called again."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -208,17 +210,30 @@ class Copier(LocalSide):
 class TerminalSession(LocalSide):
     """A person types lines, and the terminal edits them.
 
+    Signals, job control and the time of the prompt are here for ``ReadlineSession``, too.
+
     The reply comes before the prompt: after Enter, the prompt comes when what the server has
-    sent ends with a newline, or when the server was silent for a while (PATIENCE).
+    sent ends with a newline, or when the server was silent for a while (PATIENCE).  With readline
+    a key brings it, too.
     """
 
     def __init__(self) -> None:
-        self._waiting_for_silence = False  # which brings the prompt, or a message at the end
+        # Silence brings the prompt; after the end of input, it brings a message.
+        self._waiting_for_silence = False
         self._input_ended = False
-        self._last_row = ""  # what stands there before the prompt: most often the unfinished line
+        # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
+        self._before_prompt = ""
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-        self._found_modes = termios.tcgetattr(0)
+        self._found_modes = termios.tcgetattr(0)  # for a signal at a time when no write is possible
+
+    def _has_prompt(self) -> bool:
+        """Whether the last row has the prompt.
+
+        It has none while a reply is awaited, nor after the end of input.  Who changes one of
+        these calls ``_draw_prompt``.
+        """
+        return not self._waiting_for_silence and not self._input_ended
 
     def start(self) -> None:
         for name in FATAL_SIGNALS.split():
@@ -234,10 +249,10 @@ class TerminalSession(LocalSide):
         """Show the prompt; after end of input, tell what goes on."""
         self._waiting_for_silence = False
         if not self._input_ended:
-            self._draw_last_row()
+            self._draw_prompt()
             return
         self._start_new_row()
-        self._last_row = ""
+        self._before_prompt = ""
         say("waiting for the server to close; Ctrl-C leaves")
 
     def read(self) -> bytes | None:
@@ -245,7 +260,7 @@ class TerminalSession(LocalSide):
         if not data:
             self._end_input()
             return data
-        self._last_row = "" if data.endswith(b"\n") else data.decode(errors="replace")
+        self._before_prompt = "" if data.endswith(b"\n") else data.decode(errors="replace")
         self._waiting_for_silence = True
         return data
 
@@ -264,41 +279,37 @@ class TerminalSession(LocalSide):
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._wants_prompt():
+        if self._has_prompt():
             write("\n")  # the prompt stays, with what is typed
-            self._last_row = ""
+            self._before_prompt = ""
         write(escape_controls(text))
-        self._last_row = (self._last_row + text).rpartition("\n")[2]
+        self._before_prompt = (self._before_prompt + text).rpartition("\n")[2]
         if not self._input_ended:
-            self._waiting_for_silence = bool(self._last_row)
-            self._draw_last_row()
+            self._waiting_for_silence = bool(self._before_prompt)
+            self._draw_prompt()
 
     def _end_input(self) -> None:
         """Give the terminal back: from now on the job may run in the background."""
         self.release()
-        self._last_row = ""
+        self._before_prompt = ""
         self._input_ended = True
         self._waiting_for_silence = True
 
-    def _wants_prompt(self) -> bool:
-        """Whether the prompt belongs on the last row: not while a reply is awaited."""
-        return not self._waiting_for_silence and not self._input_ended
-
-    def _draw_last_row(self) -> None:
-        """Write the prompt, if it belongs there; what is typed cannot be drawn again here."""
-        if self._wants_prompt():
+    def _draw_prompt(self) -> None:
+        """Draw the prompt, if there is to be one; the terminal cannot draw typed text again."""
+        if self._has_prompt():
             write(PROMPT)
 
     def _start_new_row(self) -> None:
         """Move the cursor to the start of a row, below what has been drawn."""
-        if self._last_row or self._wants_prompt():
+        if self._before_prompt or self._has_prompt():
             write("\n")
 
     def _set_modes(self) -> None:
-        """Nothing to set: the terminal edits as it was found."""
+        """Set the terminal's modes; a terminal that edits keeps those that it was found with."""
 
     def _restore_modes(self) -> None:
-        """Nothing to restore."""
+        """Restore the modes that ``_set_modes`` has changed."""
 
     def _leave_terminal(self) -> None:
         """Leave the terminal as it was found, with the cursor at the start of a row."""
@@ -311,17 +322,17 @@ class TerminalSession(LocalSide):
             signal.signal(number, handler)
 
     def _take_terminal(self, *_: object) -> None:
-        """Prepare the terminal and show the prompt; called at the start and by SIGCONT.
+        """Prepare the terminal and show the prompt; called at the start and after each stop.
 
-        In the background the process stops itself, by SIGTTIN.  To a stopped process the shell's
-        ``fg`` sends SIGCONT, which calls this again; to a running one it sends nothing.
+        In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
+        only to a stopped job, and SIGCONT calls this again.
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
-            return
+            return  # by now SIGCONT has called it
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
-        self._draw_last_row()
+        self._draw_prompt()
 
     def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
@@ -346,7 +357,8 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # The last line takes the terminal, also if SIGTSTP was ignored; SIGCONT must not do so too.
+        # The call at the end takes the terminal, as without a stop there is no SIGCONT.  If there
+        # is one, it must not take the terminal a second time.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -375,9 +387,9 @@ class ReadlineSession(TerminalSession):
         self._eof_seen = False
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
-        # readline would restore the terminal's modes after each line, and set them for the next
-        # one; the terminal would echo a key that comes between.  Without these two functions it
-        # does not, and _set_modes and _restore_modes do it once.
+        # readline calls these two functions around each line, to set the terminal's modes and to
+        # restore them; between two lines the terminal would echo keys.  So _set_modes and
+        # _restore_modes set them for the whole session.
         ctypes.c_void_p.in_dll(library, "rl_prep_term_function").value = None
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
@@ -392,13 +404,13 @@ class ReadlineSession(TerminalSession):
         if self._waiting_for_silence:  # a key brings the prompt at once
             self._waiting_for_silence = False
             self._erase()
-            self._draw_last_row()
-        was_saved = self._state.value & OWN_PROMPT
+            self._draw_prompt()
+        had_own_prompt = self._state.value & OWN_PROMPT
         self._library.rl_callback_read_char()
-        if was_saved and not self._state.value & OWN_PROMPT:
-            # readline has restored our prompt as it was when its own one came.
+        if had_own_prompt and not self._state.value & OWN_PROMPT:
+            # The search is over.  readline shows our prompt of the time when the search began.
             self._erase()
-            self._draw_last_row()
+            self._draw_prompt()
         if self._lines:
             data = b"".join(self._lines)
             self._lines.clear()
@@ -411,12 +423,12 @@ class ReadlineSession(TerminalSession):
     def _on_line(self, line: int | None) -> None:
         """Called by readline with the address of a finished line, or with None at end of input.
 
-        ctypes drops exceptions that are raised here, so ``read`` acts on the line.  When this
+        ctypes does not pass on exceptions from here, so ``read`` acts on the line.  When this
         returns, readline draws a new row with the prompt that is set here.
         """
         if line is None:
             self._eof_seen = True
-            self._library.rl_set_prompt(b"")  # so it draws nothing
+            self._library.rl_set_prompt(b"")  # or it would draw the prompt once more
             return
         text = self._string_at(line)
         self._library.free(line)
@@ -430,24 +442,24 @@ class ReadlineSession(TerminalSession):
         if self._input_ended:
             super()._show_text(text)
             return
-        lines, newline, self._last_row = (self._last_row + text).rpartition("\n")
+        lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
         finished = escape_controls(lines + newline)
         # What has left the screen cannot be erased, and the typed text needs room, too.
-        if may_fill_half_a_screen(self._last_row):
-            finished += escape_controls(self._last_row) + "\n"
-            self._last_row = ""
-        # The end of a line brings the prompt.  An unfinished line changes nothing: a prompt that
-        # is shown stays behind it.
-        if not self._last_row:
+        if may_fill_half_a_screen(self._before_prompt):
+            finished += escape_controls(self._before_prompt) + "\n"
+            self._before_prompt = ""
+        # Text that ends with a newline brings the prompt.  After an unfinished line the prompt is
+        # as it was: shown, to the right of it, or awaited.
+        if not self._before_prompt:
             self._waiting_for_silence = False
         self._erase()
         write(finished)
-        self._draw_last_row()
+        self._draw_prompt()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._wants_prompt() else ""
-        text = escape_controls(self._last_row) + prompt
+        prompt = PROMPT if self._has_prompt() else ""
+        text = escape_controls(self._before_prompt) + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
 
@@ -456,8 +468,8 @@ class ReadlineSession(TerminalSession):
         self._library.rl_clear_visible_line()
         self._library.fflush(None)  # rl_redisplay() does so by itself
 
-    def _draw_last_row(self) -> None:
-        """Draw the unfinished line, the prompt if it belongs there, and the typed text."""
+    def _draw_prompt(self) -> None:
+        """Draw the unfinished line, the prompt if there is to be one, and the typed text."""
         self._library.rl_reset_screen_size()  # the window may have changed
         self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
@@ -489,7 +501,8 @@ def load_readline() -> Any:
         import ctypes
         import readline
 
-        library = ctypes.CDLL(readline.__file__)  # with the libraries that this file needs
+        # It has the functions of the libraries that it is linked with, too: readline and libc.
+        library = ctypes.CDLL(readline.__file__)
         library.rl_get_termcap.restype = ctypes.c_char_p
         erase_sequence = library.rl_get_termcap(b"ce")  # to the end of the row: termcap(5)
     except (ImportError, AttributeError, OSError):
@@ -499,7 +512,7 @@ def load_readline() -> Any:
 
 
 def may_fill_half_a_screen(text: str) -> bool:
-    """Whether the text may take as much: no character has more columns than bytes."""
+    """Whether the text may need as much; its columns are at most as many as its bytes."""
     columns, rows = os.get_terminal_size(1)
     return len(for_stdout(escape_controls(text))) > (columns * rows or 80 * 24) / 2
 
@@ -636,7 +649,7 @@ def converse(options: argparse.Namespace) -> str:
         started = time.monotonic()
         local: LocalSide = Copier()
         if interactive:
-            say(f"connected to {format_address(peer)}; Ctrl-D ends, Ctrl-C leaves at once")
+            say(f"connected to {format_address(peer)}; Ctrl-D ends the input, Ctrl-C the program")
             library = load_readline()
             local = ReadlineSession(library) if library else TerminalSession()
         conversation = Conversation(sock, local)

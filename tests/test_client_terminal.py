@@ -48,7 +48,7 @@ def test_the_greeting_names_the_address_and_the_ways_out(terminal, host, shown):
         where = f"{shown}:{end.port}"
         for line in (
             f"connecting to {where}\n",
-            f"connected to {where}; Ctrl-D ends, Ctrl-C leaves at once\n",
+            f"connected to {where}; Ctrl-D ends the input, Ctrl-C the program\n",
         ):
             assert user.process.stderr.readline().decode() == line
         wait_until(lambda: user.look() == ["<<<"], "a prompt, and nothing but a prompt")
@@ -713,6 +713,7 @@ def test_ctrl_d_in_a_line_is_not_the_end_of_the_input(talk, options):
     user.type("more" + CTRL_D)
     if options:
         assert receive(peer, 4) == b"more"
+    wait_until(lambda: user.look()[-1] == "<<< more", "what is typed to be seen")
     peer.close()
     user.ends(1)
     assert user.rows()[-2:] == [HUNG_UP, ""]
