@@ -127,7 +127,7 @@ class Connection:
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
         self.silent_rounds = 0  # of housekeeping, since the last event
-        self.last_acknowledged = 0  # bytes, when _close_if_idle asked for them last
+        self.last_acknowledged = 0  # bytes, when _close_silent asked for them last
 
     def interest(self) -> int:
         """The mask of the first table; 0 when the connection is to be closed."""
@@ -504,9 +504,9 @@ class PollServer:
             if connection.silent_rounds < self._max_silent_rounds:
                 connection.silent_rounds += 1
             else:
-                self._close_if_idle(fd, connection)
+                self._close_silent(fd, connection)
 
-    def _close_if_idle(self, fd: int, connection: Connection) -> None:
+    def _close_silent(self, fd: int, connection: Connection) -> None:
         """Close a silent connection, unless its peer is still receiving.
 
         A peer that reads slowly causes no event until a third of the send buffer is free, but
@@ -571,7 +571,7 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what still arrives, and close each connection when its peer has all its bytes.
 
-        After a short silence ``_close_if_idle`` closes a connection whose peer has acknowledged
+        After a short silence ``_close_silent`` closes a connection whose peer has acknowledged
         every byte.  Without that condition bytes could be lost: if the peer sends a byte after
         close(), the kernel answers with a reset, and forgets what it has still to deliver
         (RFC 1122, section 4.2.2.13).
