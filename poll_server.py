@@ -126,11 +126,11 @@ class Connection:
         self.eof_received = False
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
-        self.silent_rounds = 0  # of housekeeping, since the last event
-        self.last_acknowledged = 0  # bytes, when _close_silent asked for them last
+        self.silent_rounds = 0  # rounds of housekeeping since the last event or progress
+        self.last_acknowledged = 0  # bytes, when _check_silent asked for them last
 
-    def interest(self) -> int:
-        """The mask of the first table; 0 when the connection is to be closed."""
+    def mask(self) -> int:
+        """The mask, by the first table of the module; 0: the connection is to be closed."""
         if self.queue is None:
             return 0 if self.eof_received else READ_ONLY
         if self.eof_received or self.queue.full():
@@ -143,8 +143,8 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With a queue, receive only if nothing can be sent (POLLIN alone), as the queue is to get
-        # shorter.  Send raises what POLLERR and POLLHUP announce, as receive does.
+        # With a queue, send at every event but POLLIN alone: the queue is to get shorter, and send
+        # raises what POLLERR and POLLHUP announce, as receive does.
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
@@ -226,22 +226,25 @@ class PollServer:
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel, from which a stop takes them all.  None: there is no limit.
     idle_timeout: seconds.  A silent peer, one without an event, is closed at this time or up to
-        a second later.  A peer that does not take its bytes is closed at twice this time and
-        two seconds at the latest.  None: no peer is closed for its silence.
+        a second later.  A peer that does not take its bytes is closed at twice this time, or up
+        to two seconds later.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
 
     Raises ``TypeError`` or ``ValueError`` for an argument that makes no sense, ``OSError`` if an
     address cannot be listened on, and its subclass ``socket.gaierror`` if the host cannot be
-    resolved.  Its ``strerror`` is one line that can be shown to the user.
+    resolved.  The ``strerror`` of both is one line that can be shown to the user.
 
     Attributes:
 
     server_address: the first ``(host, port)`` that it listens on.
     cut: how many connections the server had to close before their peers had all their bytes,
-        for shortage of memory or at a stop.  A peer that is closed as idle does not count.
-    lost: the bytes that those peers have not got.
+        for shortage of memory or at a stop.  A peer that is closed as idle does not count.  A
+        backlog that a stop could not take counts as one.
+    lost: the bytes that those peers have not got, as far as the server knew of them.
+    stop_requests: how many there were; a drain that begins takes them as one.
+    fd_to_socket: the open connections by descriptor; each of them has a socket.
     """
 
     def __init__(
@@ -280,27 +283,28 @@ class PollServer:
         self.lost = 0
         self.stop_requests = 0
         self.fd_to_socket: dict[int, Connection] = {}  # a connection owns its socket
-        self.poller = Poller()
+        self._poller = Poller()
         self._max_connections = math.inf if max_connections is None else max_connections
         self._max_silent_rounds = math.inf
         self._tick = TICK
         if idle_timeout is not None:
+            # At least two, as a standstill may add one before the peer is heard.
             self._max_silent_rounds = max(2, math.ceil(idle_timeout / TICK))
             self._tick = idle_timeout / self._max_silent_rounds
         # The times are those of time.monotonic().
         self._next_housekeeping = 0.0
         self._next_pause_log = 0.0
-        # It begins at a page.  With a bytearray, echoes of 100 KiB are 10 % slower.
+        # mmap aligns it to a page.  With a bytearray, echoes of 100 KiB are 10 % slower.
         self._buffer = memoryview(mmap.mmap(-1, RECEIVE_SIZE, flags=mmap.MAP_PRIVATE))
         self._loop_lock = threading.Lock()  # held while the loop runs
-        self.listeners = {sock.fileno(): sock for sock in listen(host, port, reuse_port)}
-        first = next(iter(self.listeners.values()))
+        self._listeners = {sock.fileno(): sock for sock in listen(host, port, reuse_port)}
+        first = next(iter(self._listeners.values()))
         self.server_address: tuple[str, int] = first.getsockname()[:2]
         # The self-pipe trick: a byte written to one end makes the other end readable.  That ends
         # the poll() of now, or the next one.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
-        self.poller.register(self._wake_reader.fileno(), READ_ONLY)
+        self._poller.register(self._wake_reader.fileno(), READ_ONLY)
         self._resume_accepting()
 
     def serve_forever(self) -> None:
@@ -310,9 +314,9 @@ class PollServer:
         """
         with self._loop_lock:
             try:
-                if not self.listeners:
+                if not self._listeners:
                     return
-                for listener in self.listeners.values():
+                for listener in self._listeners.values():
                     log.info("listening on %s", printable(listener.getsockname()))
                 while not self.stop_requests:
                     self._turn()
@@ -323,13 +327,14 @@ class PollServer:
     def _turn(self) -> None:
         """Poll once, act on every event, and do the housekeeping if it is due.
 
-        Housekeeping counts silence, so it follows a poll that began when it was due, or that
-        found no event.  Otherwise, after a standstill of the process (SIGSTOP), a peer whose
-        bytes wait in the kernel would count as silent.
+        Housekeeping counts silence, so every peer must have been heard before.  A poll that found
+        some events may have begun before a standstill of the process (SIGSTOP), and other peers
+        may have sent during it.  So if housekeeping was not due when that poll began, it waits
+        until one more poll has been acted on.
         """
         try:
             fd_to_socket = self.fd_to_socket
-            masks = self.poller.masks
+            masks = self._poller.masks
             tracing = log.isEnabledFor(logging.DEBUG)
             due = time.monotonic() >= self._next_housekeeping
             events = self._poll()
@@ -341,13 +346,13 @@ class PollServer:
                 sent_before = connection.sent
                 try:
                     size = connection.handle(flags, self._buffer)
-                    mask = connection.interest()
+                    mask = connection.mask()
                     if mask and mask != masks[fd]:
-                        self.poller.register(fd, mask)
+                        self._poller.register(fd, mask)
                 except BlockingIOError:
                     continue
                 except (OSError, MemoryError) as error:
-                    self._handle_failure(fd, flags, error)
+                    self._handle_failure(fd, connection, flags, error)
                     continue
                 connection.silent_rounds = 0
                 if tracing:
@@ -363,39 +368,49 @@ class PollServer:
         """The events, each a descriptor and its flags; none if housekeeping is due first."""
         wait = max(0.0, self._next_housekeeping - time.monotonic())
         try:
-            return self.poller.poll(math.ceil(wait * 1000))
+            return self._poller.poll(math.ceil(wait * 1000))
         except OSError as error:  # poll(2): ENOMEM, and EINVAL after prlimit(2) lowered a limit
             log.warning("poll: %s; the next try is in %g s", error.strerror, RETRY)
             time.sleep(RETRY)
             return []
 
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
-        listener = self.listeners.get(fd)
+        listener = self._listeners.get(fd)
         if listener:
             if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
                 log.debug("listener: %s", flag_names(flags))
             # The more descriptors, the longer a poll takes: so more are accepted after each.
-            for _ in range(1 + len(self.poller.masks) // DESCRIPTORS_PER_ACCEPT):
+            for _ in range(1 + len(self._poller.masks) // DESCRIPTORS_PER_ACCEPT):
                 if not self._accept(listener):
                     break
-        else:  # the wake-up, which is needed once, or what an exception has left of a connection
-            self.poller.unregister(fd)
+        else:
+            # The wake-up: its byte is never received, so poll() would report it for ever.  Or it
+            # is what an exception in _close has left of a connection.
+            self._poller.unregister(fd)
 
-    def _handle_failure(self, fd: int, flags: int, error: OSError | MemoryError) -> None:
-        """Close the connection whose receive or send has failed."""
-        if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
-            self._cut(fd, reason(error))  # it is not the peer's fault
-            return
-        log.debug("%s %s: %s", self.fd_to_socket[fd].peer, flag_names(flags), reason(error))
-        if flags & select.POLLNVAL:
-            self._forget(fd)
-        else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
-            self._close(fd, reason(error))
+    def _handle_failure(
+        self, fd: int, connection: Connection, flags: int, error: OSError | MemoryError
+    ) -> None:
+        """Close a connection whose receive or send has failed."""
+        try:
+            if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
+                self._cut(fd, reason(error))  # it is not the peer's fault
+                return
+            log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):
+                self._forget(fd)
+            else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
+                self._close(fd, reason(error))
+        finally:
+            # Also if memory is short here, too.  The first shortage may have dropped bytes that
+            # were received, so the connection must not go on.
+            connection.sock.close()
+            connection.queue = None  # the shortage may have left an empty one
 
     def _forget(self, fd: int) -> None:
         """Drop a connection whose descriptor was closed by another part of the program.
 
-        Its number may belong to another socket by now, so it must not be closed again.
+        Its number may belong to another open file by now, so it must not be closed again.
         """
         self.fd_to_socket[fd].sock.detach()
         self._close(fd, "its descriptor was closed")
@@ -409,7 +424,7 @@ class PollServer:
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
         del self.fd_to_socket[fd]
-        self.poller.unregister(fd)
+        self._poller.unregister(fd)
         line = "%s closed: %d bytes in, %d out, %s"
         arguments = [connection.peer, connection.received, connection.sent, why]
         if undelivered:
@@ -420,10 +435,8 @@ class PollServer:
 
     def _cut(self, fd: int, why: str) -> None:
         """Close a connection at once, and count it if its peer has not all its bytes."""
-        connection = self.fd_to_socket[fd]
-        connection.queue = None  # frees memory, which the next lines may need
         try:
-            undelivered = connection.undelivered()  # its counters do not need the queue
+            undelivered = self.fd_to_socket[fd].undelivered()
         except MemoryError:
             undelivered = 1  # at least
         if undelivered:
@@ -470,7 +483,7 @@ class PollServer:
         self.fd_to_socket[fd] = Connection(sock, peer)
         try:
             sock.setblocking(False)
-            self.poller.register(fd, READ_ONLY)
+            self._poller.register(fd, READ_ONLY)
         except (OSError, MemoryError) as error:
             self._cut(fd, f"refused: {reason(error)}")
             return
@@ -478,20 +491,22 @@ class PollServer:
 
     def _pause_accepting(self, level: int, why: str) -> None:
         """Leave new peers in the backlog until a connection closes, or the next round."""
-        for fd in self.listeners:
-            self.poller.unregister(fd)
+        for fd in self._listeners:
+            self._poller.unregister(fd)
         now = time.monotonic()
         if now >= self._next_pause_log:
             self._next_pause_log = now + PAUSE_LOG_INTERVAL
             log.log(level, "not accepting: %s; new peers wait in the backlog", why)
 
     def _resume_accepting(self) -> None:
-        for fd in self.listeners:
-            if fd not in self.poller.masks:
-                self.poller.register(fd, READ_ONLY)
+        for fd in self._listeners:
+            if fd not in self._poller.masks:
+                self._poller.register(fd, READ_ONLY)
 
     def _housekeep(self) -> None:
-        """One round: accept again, count the silence of every connection, close the idle ones.
+        """One round: accept again, count the silence of every connection, and check silent ones.
+
+        In a drain it accepts the rest of the backlog, too.
 
         Silence is counted in rounds, not by the clock.  After a standstill of the process
         (SIGSTOP, a frozen container) there is one round, so it makes no peer idle.
@@ -499,14 +514,14 @@ class PollServer:
         self._next_housekeeping = time.monotonic() + self._tick
         self._resume_accepting()
         if self.stop_requests:
-            self._empty_backlog()
+            self._finish_accepting()
         for fd, connection in list(self.fd_to_socket.items()):
             if connection.silent_rounds < self._max_silent_rounds:
                 connection.silent_rounds += 1
             else:
-                self._close_silent(fd, connection)
+                self._check_silent(fd, connection)
 
-    def _close_silent(self, fd: int, connection: Connection) -> None:
+    def _check_silent(self, fd: int, connection: Connection) -> None:
         """Close a silent connection, unless its peer is still receiving.
 
         A peer that reads slowly causes no event until a third of the send buffer is free, but
@@ -532,7 +547,7 @@ class PollServer:
 
         A drain closes the listeners, echoes what the peers have sent, and closes each
         connection when its peer has all its bytes.  After ``grace`` seconds, or when a stop is
-        requested once more, it cuts the connections that are left.
+        requested during the drain, it cuts the connections that are left.
         """
         self.stop_requests += 1
         with contextlib.suppress(OSError):  # the server is closed, or the pair is full
@@ -571,7 +586,7 @@ class PollServer:
     def _drain(self) -> None:
         """Echo what still arrives, and close each connection when its peer has all its bytes.
 
-        After a short silence ``_close_silent`` closes a connection whose peer has acknowledged
+        After a short silence ``_check_silent`` closes a connection whose peer has acknowledged
         every byte.  Without that condition bytes could be lost: if the peer sends a byte after
         close(), the kernel answers with a reset, and forgets what it has still to deliver
         (RFC 1122, section 4.2.2.13).
@@ -587,35 +602,36 @@ class PollServer:
             connection.silent_rounds = 0
         while True:
             self._turn()
-            drained = not self.fd_to_socket and not self.listeners
+            drained = not self.fd_to_socket and not self._listeners
             if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
-        if self.listeners:  # accepting is paused, and the backlog has an unknown number of peers
+        if self._listeners:  # accepting is paused, and the backlog has an unknown number of peers
             self.cut += 1
         for fd in list(self.fd_to_socket):
             self._cut(fd, "cut")
         if self.cut:
             log.warning("cut %d connections, %d bytes lost", self.cut, self.lost)
 
-    def _empty_backlog(self) -> None:
+    def _finish_accepting(self) -> None:
         """Accept all peers in the backlog, as they may have sent, and close the listeners.
 
         If accepting is paused and a backlog has peers, the listeners stay open for the next try.
         """
-        for listener in list(self.listeners.values()):
+        for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
                     break
+        # If accepting is paused, no listener is left in the poller, and any may have peers.
         backlogs = select.poll()
-        for fd in self.listeners.keys() - self.poller.masks.keys():  # those with accepting paused
+        for fd in self._listeners.keys() - self._poller.masks.keys():
             backlogs.register(fd, READ_ONLY)
         if not backlogs.poll(0):
             self._close_listeners()
 
     def _close_listeners(self) -> None:
-        while self.listeners:
-            fd, listener = self.listeners.popitem()
-            self.poller.unregister(fd)
+        while self._listeners:
+            fd, listener = self._listeners.popitem()
+            self._poller.unregister(fd)
             with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
                 listener.close()
 
@@ -626,10 +642,11 @@ class Poller:
     The kernel looks at every descriptor of a poll.  A full poll has all descriptors, and costs
     0.1 us or more for each.  So it is followed by polls of the busy descriptors alone,
     for a time that grows with the number of all of them (PATIENCE).  An idle descriptor that
-    gets an event waits for that time at most.
+    gets an event waits for that time, and for the work on the events of one poll, at most.
 
-    Busy descriptors had an event, or were registered, between the last two full polls or since.
-    ``_busy`` has them.  ``_next_busy`` collects those that it gets at the next full poll.
+    ``_next_busy`` collects the descriptors that have an event or are registered.  At each full
+    poll ``_busy`` is made anew of them, and the collection begins again.  What is registered
+    between two full polls enters ``_busy`` at once.
 
     Every poll first asks with timeout 0: that costs a third of a poll that may wait.
     """
@@ -673,11 +690,11 @@ class Poller:
             # If the full poll is due by now, it comes first, so that idle descriptors do not wait
             # longer.  It reports these events again.
             if events and time.monotonic() < self._next_full_poll:
-                self._next_busy.update(dict(events))  # the keys: the descriptors
+                self._next_busy |= dict(events).keys()
                 return events
         # No busy descriptor has an event, or the full poll is due.
         events = self._full_poll(timeout)
-        self._next_busy.update(dict(events))
+        self._next_busy |= dict(events).keys()
         self._busy = select.poll()
         for fd in self._next_busy & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
@@ -802,7 +819,7 @@ def trace(
 
 
 class StderrHandler(logging.Handler):
-    """Writes a line to standard error if that takes it at once, or counts it as left out.
+    """Writes a line to standard error, or counts it as left out if there is no room.
 
     ``logging.StreamHandler`` waits while nobody reads standard error, and so all peers wait.
     """
@@ -816,7 +833,7 @@ class StderrHandler(logging.Handler):
         self._left_out = 0  # lines
 
     def _open(self) -> int:
-        """A descriptor of standard error whose writes do not block.
+        """A descriptor of standard error, whose writes do not block if it can be opened anew.
 
         If this process set descriptor 2 to non-blocking mode, all processes that share the
         terminal would get that mode.  So the file is opened once more, with a mode of its own.
@@ -862,8 +879,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         description="Echo every byte back, over TCP, with poll(2).",
         epilog="SIGTERM, Ctrl-C or a closed terminal (SIGHUP) stops it: what has arrived is "
         "echoed first, for 5 s at most; a second SIGTERM or Ctrl-C stops it at once. "
-        "exit status: 0 stopped, and no peer had to be cut, 1 peers had to be cut, or an address "
-        "cannot be used, 2 usage error.",
+        "exit status: 0 if it was stopped and cut no peer; 1 if it had to cut peers, or if an "
+        "address cannot be used; 2 for a usage error.",
     )
     add = parser.add_argument
     add("--host", default="localhost", help="name or address to listen on (default: %(default)s)")

@@ -371,6 +371,19 @@ def test_a_descriptor_that_something_else_closed_is_forgotten_and_left_alone(cap
     assert "Bad file descriptor" not in caplog.text
 
 
+def test_a_descriptor_that_a_file_of_something_else_has_by_now_is_left_to_it(caplog, server):
+    caplog.set_level(logging.INFO)
+    assert exchange(server.peer, b"hello") == b"hello"
+    fd = server_end(server.peer)
+    ours, theirs = os.pipe()
+    os.write(theirs, b"not of a peer")
+    os.dup2(ours, fd)  # closes the server's end of the connection, too
+    wait_until(lambda: "its descriptor was closed" in caplog.text, "the log to tell of it")
+    assert os.read(fd, 100) == b"not of a peer"
+    for number in (fd, ours, theirs):
+        os.close(number)
+
+
 class Gate(logging.Handler):
     """Holds up the thread that logs such a word, until it is opened."""
 
