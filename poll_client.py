@@ -61,8 +61,10 @@ READ_SIZE = 256 * 1024  # bytes per read or receive; with 64 KiB an echo takes a
 PROMPT = "<<< "
 PATIENCE = 300  # milliseconds of silence of the server, after which the prompt comes
 REDRAW_PAUSE = 0.01  # seconds after a redraw: 1,000 lines a second cost 4 % of a core, not 14 %
-OWN_PROMPT = 0x580  # states in which readline shows its own: readline.h, ISEARCH|NSEARCH|NUMERICARG
-# signal(7): those that end a process, but for SIGPIPE and those of errors in the program.
+# States in which readline shows a prompt of its own: readline.h, ISEARCH|NSEARCH|NUMERICARG.
+READLINE_PROMPT_STATES = 0x580
+# signal(7): those that end a process by default, but for SIGPIPE, and those that tell of errors
+# in the program (SIGSEGV).
 FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 
 
@@ -89,19 +91,21 @@ class Conversation:
         """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
-            poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
+            # Standard input is first: its events come first, and are acted on at once.  After a
+            # show that was stopped (Ctrl-Z), the input may have been discarded: read would block.
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
+            poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
             events = poller.poll(self.local.poll_timeout())
             if not events:
                 self.local.on_silence()
             for fd, flags in events:
-                if fd != 0 and flags & select.POLLOUT:
-                    self._send()
-                elif fd != 0:
-                    self._receive()
-                elif self.reading and self.receiving:  # the event before may have ended it
+                if fd == 0:
                     self._read()
+                elif flags & select.POLLOUT:
+                    self._send()
+                else:
+                    self._receive()
 
     def _read(self) -> None:
         """Take input and send it; at its end, half-close."""
@@ -165,7 +169,7 @@ class LocalSide:
         return None
 
     def on_silence(self) -> None:
-        """Called when there was no event in that time."""
+        """Called when there was no event within ``poll_timeout()``."""
 
     def read(self) -> bytes | None:
         """Return input when poll(2) reports some: b"" at its end, None if there is no line yet."""
@@ -176,7 +180,7 @@ class LocalSide:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Give back what ``start`` took; called at the end, and harmless if called again."""
+        """Give back what ``start`` took; called at the end of input, and once more at the end."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -227,11 +231,11 @@ class TerminalSession(LocalSide):
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # for a signal at a time when no write is possible
 
-    def _has_prompt(self) -> bool:
-        """Whether the last row has the prompt.
+    def _prompt_is_due(self) -> bool:
+        """Whether the last row is to have the prompt.
 
-        It has none while a reply is awaited, nor after the end of input.  Who changes one of
-        these calls ``_draw_prompt``.
+        It has none while a reply is awaited, nor after the end of input.  Code that makes the
+        prompt due calls ``_draw_prompt``.
         """
         return not self._waiting_for_silence and not self._input_ended
 
@@ -279,7 +283,7 @@ class TerminalSession(LocalSide):
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._has_prompt():
+        if self._prompt_is_due():
             write("\n")  # the prompt stays, with what is typed
             self._before_prompt = ""
         write(escape_controls(text))
@@ -297,12 +301,12 @@ class TerminalSession(LocalSide):
 
     def _draw_prompt(self) -> None:
         """Draw the prompt, if there is to be one; the terminal cannot draw typed text again."""
-        if self._has_prompt():
+        if self._prompt_is_due():
             write(PROMPT)
 
     def _start_new_row(self) -> None:
         """Move the cursor to the start of a row, below what has been drawn."""
-        if self._before_prompt or self._has_prompt():
+        if self._before_prompt or self._prompt_is_due():
             write("\n")
 
     def _set_modes(self) -> None:
@@ -324,12 +328,12 @@ class TerminalSession(LocalSide):
     def _take_terminal(self, *_: object) -> None:
         """Prepare the terminal and show the prompt; called at the start and after each stop.
 
-        In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
-        only to a stopped job, and SIGCONT calls this again.
+        In the background the process stops itself, by SIGTTIN.  If it did not, the shell's ``fg``
+        would send no SIGCONT, as that is for a stopped job, and nothing would call this again.
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
-            return  # by now SIGCONT has called it
+            return  # by now SIGCONT has called this again, unless the stop was ignored
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
         self._draw_prompt()
@@ -357,8 +361,8 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # The call at the end takes the terminal, as without a stop there is no SIGCONT.  If there
-        # is one, it must not take the terminal a second time.
+        # Without a stop there is no SIGCONT, so the last line takes the terminal.  The handler of
+        # SIGCONT is off until then, so that the terminal is taken once in both cases.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -387,9 +391,9 @@ class ReadlineSession(TerminalSession):
         self._eof_seen = False
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
-        # readline calls these two functions around each line, to set the terminal's modes and to
-        # restore them; between two lines the terminal would echo keys.  So _set_modes and
-        # _restore_modes set them for the whole session.
+        # readline would call these two functions before and after each line, to set the terminal's
+        # modes and to restore them, and between two lines the terminal would echo keys.  They are
+        # switched off: _set_modes and _restore_modes do it, for the whole session.
         ctypes.c_void_p.in_dll(library, "rl_prep_term_function").value = None
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
@@ -405,10 +409,10 @@ class ReadlineSession(TerminalSession):
             self._waiting_for_silence = False
             self._erase()
             self._draw_prompt()
-        had_own_prompt = self._state.value & OWN_PROMPT
+        had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
-        if had_own_prompt and not self._state.value & OWN_PROMPT:
-            # The search is over.  readline shows our prompt of the time when the search began.
+        if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
+            # The search is over.  readline draws the prompt that was set before the search.
             self._erase()
             self._draw_prompt()
         if self._lines:
@@ -436,6 +440,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._waiting_for_silence = True
+        # The server has not ended its line, so the new row begins with it, too.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -444,13 +449,14 @@ class ReadlineSession(TerminalSession):
             return
         lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
         finished = escape_controls(lines + newline)
-        # What has left the screen cannot be erased, and the typed text needs room, too.
+        # An unfinished line that grows so long is broken off: what has left the screen cannot be
+        # erased, and the typed text needs room, too.
         if may_fill_half_a_screen(self._before_prompt):
             finished += escape_controls(self._before_prompt) + "\n"
             self._before_prompt = ""
-        # Text that ends with a newline brings the prompt.  After an unfinished line the prompt is
-        # as it was: shown, to the right of it, or awaited.
-        if not self._before_prompt:
+        # Text that ends with a newline brings the prompt.  An unfinished line leaves it as it is:
+        # a prompt that is shown moves to the right of that line, one that is awaited is awaited.
+        if text.endswith("\n"):
             self._waiting_for_silence = False
         self._erase()
         write(finished)
@@ -458,7 +464,7 @@ class ReadlineSession(TerminalSession):
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._has_prompt() else ""
+        prompt = PROMPT if self._prompt_is_due() else ""
         text = escape_controls(self._before_prompt) + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
@@ -495,7 +501,8 @@ class ReadlineSession(TerminalSession):
 def load_readline() -> Any:
     """Return GNU readline as a C library, or None if Python has none that knows this terminal.
 
-    Call this when descriptors 0 to 2 are open: ctypes with libffi 3.8 takes the lowest free one.
+    Call this when descriptors 0 to 2 are open: ctypes with libffi 3.8 keeps a file of its own
+    open, on the lowest descriptor that is free.
     """
     try:
         import ctypes
@@ -512,7 +519,7 @@ def load_readline() -> Any:
 
 
 def may_fill_half_a_screen(text: str) -> bool:
-    """Whether the text may need as much; its columns are at most as many as its bytes."""
+    """Whether the text, as it is shown, may need so much; it has no more columns than bytes."""
     columns, rows = os.get_terminal_size(1)
     return len(for_stdout(escape_controls(text))) > (columns * rows or 80 * 24) / 2
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import select
 import signal
 import termios
 from pathlib import Path
@@ -45,6 +46,11 @@ def stopped(user, times=1):
         "the shell",
     )
     assert state(job(user)) == "T"
+
+
+def full(user):
+    """Whether the terminal takes no more of what is to be shown."""
+    return not select.select([], [user.tty], [], 0)[1]
 
 
 def in_foreground(user):
@@ -143,6 +149,27 @@ def test_a_stopped_one_that_is_killed_ends_and_the_shell_keeps_its_terminal(bash
     user.type("kill %1\n")
     wait_until(ended, "the end")
     assert termios.tcgetattr(user.tty) == user.found
+
+
+def test_ctrl_z_while_much_is_shown_takes_no_text_with_it(terminal, far_end):
+    """Ctrl-Z discards what is typed and not read yet: tcflush(3).  A read would wait for more."""
+    user, peer = terminal(far_end.port, wrapper=IN_SHELL, program=NO_READLINE), far_end.accept()
+    user.ends_in("<<<")
+    peer.sendall(b"x" * 100_000)
+    wait_until(lambda: full(user), "the terminal to take no more")
+    user.type("hello\n")
+    peer.sendall(b"x" * 100_000)
+    taken = 0
+    while taken < 110_000:  # so the client has polled once more, and shows the rest
+        with contextlib.suppress(BlockingIOError):
+            taken += os.read(user.person, 1000).count(b"x")
+    wait_until(lambda: full(user), "the terminal to take no more")
+    user.type(CTRL_Z)
+    wait_until(lambda: os.tcgetpgrp(user.person) == user.process.pid, "the client to be stopped")
+    user.process.send_signal(signal.SIGCONT)
+    assert receive(peer, 6) == b"hello\n"
+    peer.sendall(b"after\n")
+    wait_until(lambda: b"after" in user.read(), "the text")
 
 
 @pytest.mark.parametrize("program", [None, NO_READLINE], ids=["", "without readline"])

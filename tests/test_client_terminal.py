@@ -86,6 +86,22 @@ def test_a_script_that_waits_for_the_prompt_finds_the_reply_before_it(talk, term
             assert rounds < 10 or min(took) < 0.3, "silence brings the prompt, not the reply's end"
 
 
+def test_a_long_line_that_comes_in_parts_comes_before_the_prompt(talk):
+    """It is broken off where it fills half a screen, and the prompt is still awaited."""
+    user, peer = talk()
+    soon = False
+    while not soon:  # the promise is not for a server that is slower
+        begin, started = len(user.read()), time.monotonic()
+        user.type(ENTER)
+        assert receive(peer, 1) == b"\n"
+        peer.sendall(b"x" * 1500)
+        wait_until(lambda: user.read().count(b"x", begin) == 1500, "the first part")  # noqa: B023
+        soon = time.monotonic() - started < 0.2
+        peer.sendall(b"end\n")
+        wait_until(lambda: user.read().rfind(b"<<< ") > user.raw.find(b"end", begin) > 0, "both")  # noqa: B023
+    assert user.raw.find(b"<<< ", begin) > user.raw.find(b"end", begin)
+
+
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_without_a_reply_the_prompt_comes_soon(talk, term):
     """After 300 ms; a loaded machine is late now and then."""
@@ -131,6 +147,10 @@ def test_bytes_that_are_not_utf_8_go_out_as_they_were_typed(talk):
     termios.tcsetattr(user.tty, termios.TCSANOW, attributes)
     user.type(b"caf\xe9\n")
     assert receive(peer, 5) == b"caf\xe9\n"
+    user.type(b"\xe9" + CTRL_D.encode())  # sends what is typed, without a newline
+    assert receive(peer, 1) == b"\xe9"
+    user.type(ENTER)
+    assert receive(peer, 1) == b"\n"
 
 
 @pytest.mark.parametrize("typed", ["", "half a li"])
