@@ -387,6 +387,7 @@ class ReadlineSession(TerminalSession):
         self._library = library
         self._string_at = ctypes.string_at
         self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
+        self._typed = ctypes.c_char_p.in_dll(library, "rl_line_buffer")
         self._lines: list[bytes] = []  # finished ones, which read() has not returned yet
         self._eof_seen = False
         library.free.argtypes = [ctypes.c_void_p]
@@ -458,6 +459,10 @@ class ReadlineSession(TerminalSession):
         # a prompt that is shown moves to the right of that line, one that is awaited is awaited.
         if text.endswith("\n"):
             self._waiting_for_silence = False
+        # readline 8.3 clears the screen before it draws a line that is taller than the screen.  So
+        # what is not to be lost must leave the screen first, upwards.
+        if finished and may_fill_half_a_screen((self._typed.value or b"").decode(errors="replace")):
+            finished += "\n" * screen_size()[1]
         self._erase()
         write(finished)
         self._draw_prompt()
@@ -518,10 +523,16 @@ def load_readline() -> Any:
     return library if erase_sequence else None
 
 
+def screen_size() -> tuple[int, int]:
+    """Columns and rows; 80 and 24 if the terminal does not know them, as in some containers."""
+    columns, rows = os.get_terminal_size(1)
+    return columns or 80, rows or 24
+
+
 def may_fill_half_a_screen(text: str) -> bool:
     """Whether the text, as it is shown, may need so much; it has no more columns than bytes."""
-    columns, rows = os.get_terminal_size(1)
-    return len(for_stdout(escape_controls(text))) > (columns * rows or 80 * 24) / 2
+    columns, rows = screen_size()
+    return len(for_stdout(escape_controls(text))) > columns * rows / 2
 
 
 def in_background() -> bool:
