@@ -373,8 +373,10 @@ for chosen, run in once:
     if "put_nowait" in lines[chosen[0]]:
         second.update(dict.fromkeys(run.rescues, chosen[0]))
 twice = run_all([[where, more] for more, where in second.items()])
+# The socket of another thread may get the number of a closed one, which no peer of a server with
+# one thread can.  So what has failed is tried once more, alone.
 for chosen, run in once + twice:
-    assert run.good, [(where, run.lines[where]) for where in chosen]
+    assert run.good or Run(chosen).good, [(where, run.lines[where]) for where in chosen]
 print(len(once), len(twice))
 """
 
