@@ -471,7 +471,7 @@ def test_a_server_that_does_not_accept_in_time_is_one_line_that_names_the_addres
     with FarEnd(backlog=0) as end:
         end.refuse_silently()
         message = f"poll_client: cannot connect to 127.0.0.1:{end.port}: timed out\n"
-        assert finish(start(end.port, "--timeout", "0.5"), b"hello") == (1, b"", message)
+        assert finish(start(end.port, "--timeout", "3"), b"hello") == (1, b"", message)
 
 
 def test_the_highest_port_is_a_port(start):

@@ -130,7 +130,8 @@ def test_the_trace_shows_events_bytes_and_masks_and_nothing_raw(serve):
         size = len(data)
         words = f"{size} in {re.escape(repr(data))}, {size} of {size} out, mask POLLIN$"
         server.wait_for_log(f"^{name} POLLIN: {words}")
-    assert server.matches(r"POLLIN: \d+ in b'.*'\.\.\., \d+ of \d+ out")
+    begins = re.escape(repr(hostile[-1][:64]))
+    assert server.matches(rf"POLLIN: \d+ in {begins}\.\.\., \d+ of \d+ out")
     for line in server.log:
         assert line.isascii() and line.isprintable() and len(line) < 400, repr(line)
     assert not server.matches(r"^127\.0\.0\.1:1 ")

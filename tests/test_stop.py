@@ -29,10 +29,11 @@ def test_a_signal_stops_an_idle_server_at_once(serve, number):
         with server.connect() as idle:
             assert exchange(idle, b"hello") == b"hello"
             rests(server.pid)  # by now it is in a poll() that waits
-            server.kill(number)
             start = time.monotonic()
+            server.kill(number)
             assert idle.recv(1) == b""
             took = time.monotonic() - start
+            assert took > 0.15, "a peer has 0.2 s for what is still on its way"
             assert server.wait() == 0
         assert server.matches("^stopping: 1 connections are open$")
         assert server.matches("closed: 5 bytes in, 5 out, server stopped$")
