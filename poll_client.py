@@ -60,11 +60,13 @@ READ_WRITE = READ_ONLY | select.POLLOUT
 READ_SIZE = 256 * 1024  # bytes per read or receive; with 64 KiB an echo takes a tenth longer
 PROMPT = "<<< "
 PATIENCE = 300  # milliseconds of silence of the server, after which the prompt comes
-REDRAW_PAUSE = 0.01  # seconds after a redraw: 1,000 lines a second cost 4 % of a core, not 14 %
+# Seconds to wait after a redraw, so that several lines share the next one: 1,000 lines a second
+# cost 4 % of a core, not 14 %.
+REDRAW_PAUSE = 0.01
 # States in which readline shows a prompt of its own: readline.h, ISEARCH|NSEARCH|NUMERICARG.
 READLINE_PROMPT_STATES = 0x580
-# signal(7): those that end a process by default, but for SIGPIPE, and those that tell of errors
-# in the program (SIGSEGV).
+# The signals of signal(7) that end a process by default and can be handled.  SIGPIPE is not among
+# them, nor are those that report an error in the program (as SIGSEGV does).
 FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 
 
@@ -91,8 +93,9 @@ class Conversation:
         """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
-            # Standard input is first: its events come first, and are acted on at once.  After a
-            # show that was stopped (Ctrl-Z), the input may have been discarded: read would block.
+            # Standard input is registered first, so its event comes first.  If the socket came
+            # first, Ctrl-Z during show() could discard the input that poll reported, and read
+            # would block.
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
             poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
@@ -159,7 +162,7 @@ class Conversation:
 
 
 class LocalSide:
-    """What the loop asks of standard input and output."""
+    """What the conversation asks of standard input and output."""
 
     def start(self) -> None:
         """Called once, when there is a connection."""
@@ -180,7 +183,7 @@ class LocalSide:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Give back what ``start`` took; called at the end of input, and once more at the end."""
+        """Give back what ``start`` took; called at the end, and maybe at the end of input, too."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -199,7 +202,7 @@ class Copier(LocalSide):
     def verdict(self, conversation: Conversation) -> str:
         input_size = conversation.input_size
         received = conversation.received
-        closed_early = conversation.reading
+        closed_early = conversation.reading  # still true: the server closed before end of input
         if conversation.loss_reason or closed_early or received < input_size:
             early = " before the end of the input" if closed_early else ""
             ended = conversation.how_it_ended()
@@ -216,9 +219,9 @@ class TerminalSession(LocalSide):
 
     Signals, job control and the time of the prompt are here for ``ReadlineSession``, too.
 
-    The reply comes before the prompt: after Enter, the prompt comes when what the server has
-    sent ends with a newline, or when the server was silent for a while (PATIENCE).  With readline
-    a key brings it, too.
+    The reply comes before the prompt: after Enter, the prompt comes with the first text of the
+    server that ends with a newline, or when the server was silent for a while (PATIENCE).  With
+    readline a key brings it, too.
     """
 
     def __init__(self) -> None:
@@ -232,7 +235,7 @@ class TerminalSession(LocalSide):
         self._found_modes = termios.tcgetattr(0)  # for a signal at a time when no write is possible
 
     def _prompt_is_due(self) -> bool:
-        """Whether the last row is to have the prompt.
+        """Whether the last row has the prompt, or is to get it.
 
         It has none while a reply is awaited, nor after the end of input.  Code that makes the
         prompt due calls ``_draw_prompt``.
@@ -361,8 +364,9 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # Without a stop there is no SIGCONT, so the last line takes the terminal.  The handler of
-        # SIGCONT is off until then, so that the terminal is taken once in both cases.
+        # After a stop SIGCONT comes, without a stop none.  In both cases the last line below takes
+        # the terminal, once: SIGCONT has no handler until then.  After a stop, raise_signal returns
+        # when the process has been continued.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -413,7 +417,7 @@ class ReadlineSession(TerminalSession):
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
         if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
-            # The search is over.  readline draws the prompt that was set before the search.
+            # The search (or the count) is over.  readline draws the prompt from before it.
             self._erase()
             self._draw_prompt()
         if self._lines:
@@ -441,7 +445,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._waiting_for_silence = True
-        # The server has not ended its line, so the new row begins with it, too.
+        # If the server has not ended its line, the new row begins with it, too.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -450,8 +454,8 @@ class ReadlineSession(TerminalSession):
             return
         lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
         finished = escape_controls(lines + newline)
-        # An unfinished line that grows so long is broken off: what has left the screen cannot be
-        # erased, and the typed text needs room, too.
+        # An unfinished line of more than half a screen is broken off: text that has left the
+        # screen cannot be erased, and the typed text needs room, too.
         if may_fill_half_a_screen(self._before_prompt):
             finished += escape_controls(self._before_prompt) + "\n"
             self._before_prompt = ""
@@ -460,7 +464,7 @@ class ReadlineSession(TerminalSession):
         if text.endswith("\n"):
             self._waiting_for_silence = False
         # readline 8.3 clears the screen before it draws a line that is taller than the screen.  So
-        # what is not to be lost must leave the screen first, upwards.
+        # newlines move what stands on the screen into the terminal's scrollback first.
         if finished and may_fill_half_a_screen((self._typed.value or b"").decode(errors="replace")):
             finished += "\n" * screen_size()[1]
         self._erase()
@@ -530,9 +534,10 @@ def screen_size() -> tuple[int, int]:
 
 
 def may_fill_half_a_screen(text: str) -> bool:
-    """Whether the text, as it is shown, may need so much; it has no more columns than bytes."""
+    """Whether the text may need so many rows: a byte needs one column, a newline a row, at most."""
     columns, rows = screen_size()
-    return len(for_stdout(escape_controls(text))) > columns * rows / 2
+    most_columns = len(for_stdout(escape_controls(text))) + columns * text.count("\n")
+    return most_columns > columns * rows / 2
 
 
 def in_background() -> bool:
@@ -647,8 +652,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     host_help = "of the server (default: %(default)s)"
     add("--host", type=without_brackets, default="localhost", help=host_help)
-    add("--port", type=port_number, default=8800, help="its port (default: %(default)s)")
-    add("--timeout", type=seconds, default=10, help="seconds, for each address (%(default)s)")
+    add("--port", type=port_number, default=8800, help="of the server (default: %(default)s)")
+    timeout_help = "seconds for each address of the host (default: %(default)s)"
+    add("--timeout", type=seconds, default=10, help=timeout_help)
     add("-v", "--verbose", action="store_true", help="print bytes, seconds and rate at the end")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(argv)
