@@ -125,21 +125,24 @@ def test_one_long_turn_makes_no_talking_peer_idle(serve, tmp_path):
 
 
 def test_who_says_the_first_word_during_a_long_turn_is_not_idle(serve, tmp_path):
-    """These peers are about to be closed when it begins, and their words come before it ends."""
+    """Some are about to be closed when it begins, and their words come before it ends."""
     needs_strace()
     words = ["strace", "-f", "-qq", "-e", "trace=recvfrom", "-o", str(tmp_path / "trace")]
     words += ["-e", "inject=recvfrom:delay_enter=2000000:when=1"]
     server = serve("--idle-timeout", "1", wrapper=words)
-    peers = []
-    for _ in range(10):
+    peers = server.crowd(1)
+    while not select.select(peers[:1], [], [], 0.1)[0]:  # the first is closed after 1 to 1.5 s
         peers += server.crowd(1)
-        time.sleep(0.1)
+        assert len(peers) < 50, "the first is never closed"
     server.crowd(1, b"this receive takes two seconds")
     (child,) = descendants(server.pid)
     rests(child)
-    for peer in peers:
+    closed = select.select(peers, [], [], 0)[0]
+    still_open = [peer for peer in peers if peer not in closed]
+    for peer in still_open:
         peer.sendall(b"hello")
-    assert [receive(peer, 5) for peer in peers] == [b"hello"] * 10
+    assert [receive(peer, 5) for peer in still_open] == [b"hello"] * len(still_open)
+    assert len(still_open) >= 5
     assert "DELAYED" in (tmp_path / "trace").read_text()
 
 
