@@ -329,12 +329,14 @@ def test_a_window_that_is_resized_at_the_prompt_is_used_as_it_is(talk):
 
 
 VI, SIDEWAYS = "set editing-mode vi", "set horizontal-scroll-mode on"
+PASTE, PASTE_END = ESCAPE + "[200~", ESCAPE + "[201~"  # of a terminal with bracketed paste
 
 
 @pytest.mark.parametrize(
     ("size", "setting", "typed", "line"),
     [
         ((40, 8), "", "t" * 400, "t" * 400),
+        ((40, 8), "", PASTE + "p\r" * 20 + "q" + PASTE_END, "p\n" * 20 + "q"),
         ((40, 1), "", "half a li", "half a li"),
         ((40, 1), "", "t" * 100, "t" * 100),
         ((40, 2), "", "half a li", "half a li"),
@@ -347,6 +349,7 @@ VI, SIDEWAYS = "set editing-mode vi", "set horizontal-scroll-mode on"
     ],
     ids=[
         "taller than the screen",
+        "a paste of many short lines",
         "one row",
         "one row, too long",
         "two rows",
