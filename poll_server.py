@@ -29,11 +29,12 @@ What poll(2) reports about a TCP socket, and what the loop does about it:
     POLLERR    the connection has failed        receive or send, which raises the reason
     POLLHUP    both directions are shut down    receive or send, which reports the end
     POLLNVAL   the descriptor is not open       forget it: another part of the program closed it
-    POLLPRI    an urgent byte was announced     not asked for
+    POLLPRI    an urgent byte has arrived       not asked for
 
 POLLERR, POLLHUP and POLLNVAL are reported whether the mask asks for them or not.  POLLPRI is
-true as soon as the peer has announced an urgent byte, which may arrive later: a loop that asks
-for POLLPRI spins until then.  With SO_OOBINLINE the byte is input like any other.
+true as soon as an urgent byte has arrived, even if it has overtaken bytes before it.  Then receive
+returns nothing until those come, and a loop that asks for POLLPRI spins.  With SO_OOBINLINE the
+byte is input like any other.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is 
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
 # accept(2), "Error handling": these errors concern only the connection that was to be accepted.
-# The next accept may succeed.  Any other error, such as EMFILE, will come again.
+# The next accept may succeed.  Any other error, such as EMFILE, is likely to come again.
 CONNECTION_ERRORS = {
     errno.ECONNABORTED,
     errno.EHOSTDOWN,
@@ -158,7 +159,7 @@ class Connection:
         if self.queue is None:
             try:
                 sent = self.sock.send(data)
-            except OSError:  # there is no room; another error comes again, with the next event
+            except OSError:  # there is no room; after another error, the next send fails, too
                 sent = 0
             self.sent += sent
             if sent == size:
@@ -327,10 +328,10 @@ class PollServer:
     def _turn(self) -> None:
         """Poll once, act on every event, and do the housekeeping if it is due.
 
-        Housekeeping counts silence, so every peer must have been heard before.  A poll that found
-        some events may have begun before a standstill of the process (SIGSTOP), and other peers
-        may have sent during it.  So if housekeeping was not due when that poll began, it waits
-        until one more poll has been acted on.
+        Housekeeping counts silence, so it must not be blind to what peers sent before it was due.
+        A poll that found some events may have begun before a standstill of the process (SIGSTOP),
+        and other peers may have sent during it.  So housekeeping comes after a poll that began
+        when it was due, or that found nothing.
         """
         try:
             fd_to_socket = self.fd_to_socket
@@ -384,8 +385,8 @@ class PollServer:
                 if not self._accept(listener):
                     break
         else:
-            # The wake-up: its byte is never received, so poll() would report it for ever.  Or it
-            # is what an exception in _close has left of a connection.
+            # Either it is the wake-up: its byte is never received, so poll() would report it for
+            # ever.  Or an exception has interrupted _close, and poll() reports POLLNVAL.
             self._poller.unregister(fd)
 
     def _handle_failure(
@@ -402,10 +403,12 @@ class PollServer:
             else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
                 self._close(fd, reason(error))
         finally:
-            # Also if memory is short here, too.  The first shortage may have dropped bytes that
-            # were received, so the connection must not go on.
+            # If memory is short in the lines above, too, the connection is still there.  It must
+            # not go on, as the first shortage may have dropped bytes that were received.
             connection.sock.close()
-            connection.queue = None  # the shortage may have left an empty one
+            # With a queue, handle() would send at the POLLNVAL that follows, and the queue may be
+            # empty.  Without one it receives, which raises EBADF.
+            connection.queue = None
 
     def _forget(self, fd: int) -> None:
         """Drop a connection whose descriptor was closed by another part of the program.
@@ -526,8 +529,9 @@ class PollServer:
 
         A peer that reads slowly causes no event until a third of the send buffer is free, but
         its kernel acknowledges bytes.  If it has acknowledged some since the last check, its
-        silence is counted from zero again, so a peer that takes nothing is closed at the second
-        check.  During a drain only the grace ends the wait for a peer that has not all its bytes.
+        silence is counted from zero again.  The first check counts all bytes acknowledged so far,
+        so a peer that takes no more bytes is closed at the second one.  During a drain only the
+        grace ends the wait for a peer that has not all its bytes.
         """
         undelivered = connection.undelivered()
         if self.stop_requests:
@@ -621,7 +625,8 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
                     break
-        # If accepting is paused, no listener is left in the poller, and any may have peers.
+        # If accepting is paused, no listener is left in the poller, and any may have peers.  Else
+        # this polls nothing, and the listeners are closed.
         backlogs = select.poll()
         for fd in self._listeners.keys() - self._poller.masks.keys():
             backlogs.register(fd, READ_ONLY)
@@ -688,7 +693,7 @@ class Poller:
         if time_left > 0:
             events = self._busy.poll(0) or self._busy.poll(min(int(time_left * 1000), timeout))
             # If the full poll is due by now, it comes first, so that idle descriptors do not wait
-            # longer.  It reports these events again.
+            # longer.  It reports these events again, as poll is level-triggered.
             if events and time.monotonic() < self._next_full_poll:
                 self._next_busy |= dict(events).keys()
                 return events
