@@ -735,8 +735,9 @@ def listen(host: str, port: int, reuse_port: bool) -> list[socket.socket]:
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name can look like that
+        number = getattr(error, "errno", socket.EAI_NONAME)
         why = getattr(error, "strerror", "not a host name")
-        raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve {host!a}: {why}") from error
+        raise socket.gaierror(number, f"cannot resolve {host!a}: {why}") from error
     # A name may have the same address twice.
     addresses = dict.fromkeys((info[0], info[4]) for info in found)
     for _ in range(PORT_TRIES - 1):
@@ -763,29 +764,46 @@ def listen_on(
             if listeners:
                 port = listeners[0].getsockname()[1]
             try:
-                listener = socket.create_server(
-                    (host, port, *rest), family=family, backlog=BACKLOG, reuse_port=reuse_port
-                )
+                listener = open_listener(family, (host, port, *rest), reuse_port)
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
                 errors.append(error)
                 continue
             listeners.append(to_close.enter_context(listener))
-            listener.setblocking(False)
-            # Accepted sockets inherit these options.
-            # Without TCP_NODELAY the end of a message may wait for a delayed ACK, 40 ms: tcp(7).
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # An urgent byte is input like any other.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            # A peer that has vanished is noticed, after two hours by default: tcp(7).
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if not listeners:
             raise errors[0]
         to_close.pop_all()
     for left_out in errors:
         log.info("left out: %s", left_out.strerror)
     return listeners
+
+
+def open_listener(family: int, address: tuple[Any, ...], reuse_port: bool) -> socket.socket:
+    """Listen on one address; the ``strerror`` of an ``OSError`` names it."""
+    with contextlib.ExitStack() as to_close:
+        try:
+            listener = to_close.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setblocking(False)
+            # A server that starts again gets its port at once: ip(7).
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
+            if family == socket.AF_INET6:  # IPv4 has a listener of its own: ipv6(7)
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # Accepted sockets inherit these options, if they are set before listen().
+            # Without TCP_NODELAY the end of a message may wait for a delayed ACK, 40 ms: tcp(7).
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # An urgent byte is input like any other.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            # A peer that has vanished is noticed, after two hours by default: tcp(7).
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            why = f"cannot listen on {printable(address)}: {error.strerror}"
+            raise OSError(error.errno, why) from error
+        to_close.pop_all()
+    return listener
 
 
 def reason(error: OSError | MemoryError) -> str:

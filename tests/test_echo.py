@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import in_namespaces
+from faults import in_namespaces, needs_strace
 from peers import DEADLINE, KIB, MIB, PATTERN, exchange, pattern, push, read_to_end, receive, reset
-from processes import NO_SPIN, ROOT, frozen, memory, rests
+from processes import NO_SPIN, ROOT, frozen, memory, rests, wait_until
 
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 65_536, 229_376, 229_377, 64 * MIB])
@@ -74,6 +74,29 @@ def test_urgent_bytes_are_echoed_at_their_place(server, pieces):
     rests(server.pid)
     for peer in (piled, singly, unaccepted):
         assert exchange(peer, b"still there?") == b"still there?"
+
+
+def test_a_peer_that_connects_while_the_server_starts_gets_its_urgent_byte_back(serve):
+    """What a listener's options are when it begins to listen, its first connection has."""
+    needs_strace()
+    words = ["strace", "-f", "-qq", "-e", "trace=setsockopt", "-o", "/dev/null"]
+    words += ["-e", "inject=setsockopt:delay_enter=100000"]
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+    server = serve("--host", "127.0.0.1", "--port", str(port), wrapper=words, ready=False)
+    server.port = port
+
+    def connects():
+        with contextlib.suppress(ConnectionRefusedError):
+            return server.connect()
+
+    wait_until(connects, "the server to listen")
+    (peer,) = server.peers
+    peer.sendall(b"abc")
+    peer.send(b"!", socket.MSG_OOB)
+    peer.sendall(b"def")
+    assert receive(peer, 7) == b"abc!def"
+    server.wait_for_log("^listening")
 
 
 def test_an_urgent_segment_ahead_of_a_missing_one_is_no_spin():
