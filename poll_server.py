@@ -74,8 +74,8 @@ WRITE_ONLY = select.POLLOUT
 READ_WRITE = READ_ONLY | WRITE_ONLY
 
 RECEIVE_SIZE = 224 * 1024  # bytes; with 128 KiB bulk transfers are 3 % slower
-CHUNK_SIZE = 8 * 1024  # bytes per receive while there is a queue
-QUEUE_CHUNKS = 3  # at most: what is left of a receive of 224 KiB, then two of 8 KiB: 240 KiB
+SMALL_RECEIVE_SIZE = 8 * 1024  # bytes; the size while there is a queue
+QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 KiB are the bound
 
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
@@ -105,8 +105,8 @@ CONNECTION_ERRORS = {
 class Connection:
     """One peer: its socket, its unsent bytes, and the mask to poll with.
 
-    There is a queue only while there are unsent bytes.  Bytes that are received then go to its
-    end, so the order is kept.
+    There is a queue only while there are unsent bytes, and it is never empty.  Bytes that are
+    received then go to its end, so the order is kept.
     """
 
     __slots__ = (
@@ -144,29 +144,30 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With a queue, send at every event but POLLIN alone: the queue is to get shorter, and send
-        # raises what POLLERR and POLLHUP announce, as receive does.
+        # With POLLIN and POLLOUT together, send comes first: it makes the queue shorter.  After
+        # POLLERR and POLLHUP, send raises the reason, as receive does.
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
-        limit = RECEIVE_SIZE if self.queue is None else CHUNK_SIZE
+        limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
         size = self.sock.recv_into(buffer, limit)
         if not size:
             self.eof_received = True
             return 0
         self.received += size
         data = buffer[:size]
-        if self.queue is None:
-            try:
-                sent = self.sock.send(data)
-            except OSError:  # there is no room; after another error, the next send fails, too
-                sent = 0
-            self.sent += sent
-            if sent == size:
-                return size
-            data = data[sent:]
-            self.queue = queue.Queue(QUEUE_CHUNKS)
-        self.queue.put_nowait(bytes(data))
+        if self.queue is not None:
+            self.queue.put_nowait(bytes(data))
+            return size
+        try:
+            sent = self.sock.send(data)
+        except OSError:  # EAGAIN: there is no room.  After any other error the next send fails, too
+            sent = 0
+        self.sent += sent
+        if sent < size:
+            chunks: queue.Queue[bytes] = queue.Queue(QUEUE_CHUNKS)
+            chunks.put_nowait(bytes(data[sent:]))
+            self.queue = chunks
         return size
 
     def _send_chunk(self, chunks: queue.Queue[bytes]) -> None:
@@ -176,9 +177,9 @@ class Connection:
         self.sent += sent
         if sent < len(chunk):
             chunks.queue[0] = chunk[sent:]
-            return
-        chunks.get_nowait()
-        if chunks.empty():
+        elif chunks.qsize() > 1:
+            chunks.get_nowait()
+        else:
             self.queue = None
 
     def unsent(self) -> int:
@@ -392,8 +393,12 @@ class PollServer:
     def _handle_failure(
         self, fd: int, connection: Connection, flags: int, error: OSError | MemoryError
     ) -> None:
-        """Close a connection whose receive or send has failed."""
-        try:
+        """Close a connection whose receive or send has failed.
+
+        The socket is closed at the end even if this raises ``MemoryError``.  A connection that
+        has dropped received bytes, for shortage of memory, must not go on.
+        """
+        with connection.sock:
             if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
                 self._cut(fd, reason(error))  # it is not the peer's fault
                 return
@@ -402,13 +407,6 @@ class PollServer:
                 self._forget(fd)
             else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
                 self._close(fd, reason(error))
-        finally:
-            # If memory is short in the lines above, too, the connection is still there.  It must
-            # not go on, as the first shortage may have dropped bytes that were received.
-            connection.sock.close()
-            # With a queue, handle() would send at the POLLNVAL that follows, and the queue may be
-            # empty.  Without one it receives, which raises EBADF.
-            connection.queue = None
 
     def _forget(self, fd: int) -> None:
         """Drop a connection whose descriptor was closed by another part of the program.

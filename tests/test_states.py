@@ -135,7 +135,7 @@ def test_every_sequence_of_the_kernels_answers(monkeypatch):
     that ``check`` has not compared.  So sequences of every length are in it.
     """
     monkeypatch.setattr(poll_server, "RECEIVE_SIZE", ROOM)
-    monkeypatch.setattr(poll_server, "CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr(poll_server, "SMALL_RECEIVE_SIZE", CHUNK)
     monkeypatch.setattr(poll_server, "QUEUE_CHUNKS", CHUNKS)
     count, ends = Counter(), 0
     seen, todo = set(), [Connection(Kernel(), "peer")]
@@ -270,7 +270,10 @@ place = poll_server.__file__
 STREAM = b"".join(number.to_bytes(4, "big") for number in range(1 << 16))  # no part comes again
 TURN = PollServer._turn.__code__
 RESCUES = {PollServer._handle_failure.__code__, PollServer._free_memory.__code__}
-NO_PLACE = ("try:", "except", "self._free_memory", "with contextlib.suppress(MemoryError)")
+NO_PLACE = (
+    "try:", "except", "with connection.sock:",
+    "self._free_memory", "with contextlib.suppress(MemoryError)",
+)
 
 class Run:
     def __init__(self, chosen):
