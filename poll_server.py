@@ -23,18 +23,18 @@ wait in a queue of the connection.  The mask follows from them and from what the
 
 What poll(2) reports about a TCP socket, and what the loop does about it:
 
-    POLLIN     bytes or end of file (EOF)       receive once
+    POLLIN     bytes or end of file (EOF)       receive once, and send that at once
                a connection in the backlog      accept it
-    POLLOUT    room in the send buffer          send one chunk
+    POLLOUT    room in the send buffer          send one chunk; the next poll repeats POLLIN
     POLLERR    the connection has failed        receive or send, which raises the reason
     POLLHUP    both directions are shut down    receive or send, which reports the end
     POLLNVAL   the descriptor is not open       forget it: another part of the program closed it
     POLLPRI    an urgent byte has arrived       not asked for
 
 POLLERR, POLLHUP and POLLNVAL are reported whether the mask asks for them or not.  POLLPRI is
-true as soon as an urgent byte has arrived, even if it has overtaken bytes before it.  Then receive
-returns nothing until those come, and a loop that asks for POLLPRI spins.  With SO_OOBINLINE the
-byte is input like any other.
+true as soon as an urgent byte has arrived, even if bytes before it have not.  Until those come,
+receive fails with EAGAIN, and a loop that asks for POLLPRI spins.  With SO_OOBINLINE the byte is
+input like any other.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Connection:
 
     __slots__ = (
         "eof_received",
-        "last_acknowledged",
+        "last_progress",
         "peer",
         "queue",
         "received",
@@ -128,7 +128,7 @@ class Connection:
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
         self.silent_rounds = 0  # rounds of housekeeping since the last event or progress
-        self.last_acknowledged = 0  # bytes, when _check_silent asked for them last
+        self.last_progress = 0  # bytes, when _check_silent asked for them last
 
     def mask(self) -> int:
         """The mask, by the first table of the module; 0: the connection is to be closed."""
@@ -186,17 +186,17 @@ class Connection:
         """Bytes that were received, and that send has not taken."""
         return self.received - self.sent
 
-    def unacknowledged(self) -> int:
-        """Bytes that were sent, and that the peer's kernel has not acknowledged: tcp(7)."""
-        return self._ask_kernel(termios.TIOCOUTQ)
+    def arrived(self) -> int:
+        """Bytes that have arrived from the peer, received by the server or not."""
+        return self.received + self._ask_kernel(termios.FIONREAD)
+
+    def acknowledged(self) -> int:
+        """Bytes that the peer's kernel has acknowledged."""
+        return self.sent - self._ask_kernel(termios.TIOCOUTQ)
 
     def undelivered(self) -> int:
-        """Bytes that have arrived from the peer, and that it has not got back.
-
-        They are not received yet, or not sent yet, or the peer's kernel has not acknowledged them.
-        """
-        unread = self._ask_kernel(termios.FIONREAD)
-        return unread + self.unsent() + self.unacknowledged()
+        """Bytes that have arrived from the peer, and that it has not got back."""
+        return self.arrived() - self.acknowledged()
 
     def _ask_kernel(self, request: int) -> int:
         """A count of bytes; tcp(7) has other names: SIOCINQ for FIONREAD, SIOCOUTQ for TIOCOUTQ."""
@@ -208,7 +208,7 @@ class Connection:
 
 
 class PollServer:
-    """An echo server whose methods have the names of those of ``socketserver.BaseServer``.
+    """An echo server, to be used as one of the standard library's ``socketserver`` is.
 
     As a pytest fixture:
 
@@ -226,10 +226,10 @@ class PollServer:
     address: ``(host, port)``.  It listens on every address of the host, on all of the
         machine's if the host is empty, with the same port on each.  Port 0 takes a free one.
     max_connections: how many peers are served at a time; the others wait in the backlog of the
-        kernel, from which a stop takes them all.  None: there is no limit.
-    idle_timeout: seconds.  A silent peer, one without an event, is closed at this time or up to
-        a second later.  A peer that does not take its bytes is closed at twice this time, or up
-        to two seconds later.  None: no peer is closed for its silence.
+        kernel.  A stop serves them all.  None: there is no limit.
+    idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed at this
+        time or up to a second later.  A peer that does not take its bytes is closed at twice this
+        time, or up to two seconds later.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
@@ -242,10 +242,10 @@ class PollServer:
 
     server_address: the first ``(host, port)`` that it listens on.
     cut: how many connections the server had to close before their peers had all their bytes,
-        for shortage of memory or at a stop.  A peer that is closed as idle does not count.  A
-        backlog that a stop could not take counts as one.
+        for shortage of memory or at a stop.  A peer that is closed as idle does not count.
+        Backlogs from which a stop could not accept count as one connection together.
     lost: the bytes that those peers have not got, as far as the server knew of them.
-    stop_requests: how many there were; a drain that begins takes them as one.
+    stop_requests: 0 while it serves; 1 during the drain; more if the drain is to be cut short.
     fd_to_socket: the open connections by descriptor; each of them has a socket.
     """
 
@@ -276,8 +276,8 @@ class PollServer:
                 raise TypeError(f"{name} must be a number, not {value!r}")
         if max_connections is not None and (max_connections < 1 or max_connections % 1):
             raise ValueError("max_connections must be a whole number, 1 or more")
-        if idle_timeout is not None and not 0 < idle_timeout < math.inf:
-            raise ValueError("idle_timeout must be a number of seconds, more than 0")
+        if idle_timeout is not None and not 0.01 <= idle_timeout < math.inf:
+            raise ValueError("idle_timeout must be a number of seconds, 0.01 or more")
         if grace is None or not grace >= 0:
             raise ValueError("grace must be a number of seconds, 0 or more")
         self.grace = grace
@@ -290,8 +290,7 @@ class PollServer:
         self._max_silent_rounds = math.inf
         self._tick = TICK
         if idle_timeout is not None:
-            # At least two, as a standstill may add one before the peer is heard.
-            self._max_silent_rounds = max(2, math.ceil(idle_timeout / TICK))
+            self._max_silent_rounds = math.ceil(idle_timeout / TICK)
             self._tick = idle_timeout / self._max_silent_rounds
         # The times are those of time.monotonic().
         self._next_housekeeping = 0.0
@@ -327,20 +326,12 @@ class PollServer:
                 self._close_listeners()
 
     def _turn(self) -> None:
-        """Poll once, act on every event, and do the housekeeping if it is due.
-
-        Housekeeping counts silence, so it must not be blind to what peers sent before it was due.
-        A poll that found some events may have begun before a standstill of the process (SIGSTOP),
-        and other peers may have sent during it.  So housekeeping comes after a poll that began
-        when it was due, or that found nothing.
-        """
+        """Poll once, act on every event, and do the housekeeping if it is due."""
         try:
             fd_to_socket = self.fd_to_socket
             masks = self._poller.masks
             tracing = log.isEnabledFor(logging.DEBUG)
-            due = time.monotonic() >= self._next_housekeeping
-            events = self._poll()
-            for fd, flags in events:
+            for fd, flags in self._poll():
                 connection = fd_to_socket.get(fd)
                 if connection is None:
                     self._handle_listener_or_wake_up(fd, flags)
@@ -361,7 +352,7 @@ class PollServer:
                     trace(connection, flags, self._buffer[:size], sent_before, mask)
                 if not mask:
                     self._close(fd, "end of file")
-            if due or (not events and time.monotonic() >= self._next_housekeeping):
+            if time.monotonic() >= self._next_housekeeping:
                 self._housekeep()
         except MemoryError:
             self._free_memory()
@@ -386,8 +377,8 @@ class PollServer:
                 if not self._accept(listener):
                     break
         else:
-            # Either it is the wake-up: its byte is never received, so poll() would report it for
-            # ever.  Or an exception has interrupted _close, and poll() reports POLLNVAL.
+            # It is the wake-up, whose byte is never received.  Or an exception has interrupted
+            # _close.  In both cases poll() would report the descriptor for ever.
             self._poller.unregister(fd)
 
     def _handle_failure(
@@ -419,7 +410,8 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If an exception interrupts this, poll() reports POLLNVAL, and what is left is forgotten.
+        If an exception interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
+        loop forgets it then.
         """
         connection = self.fd_to_socket[fd]
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
@@ -510,7 +502,7 @@ class PollServer:
         In a drain it accepts the rest of the backlog, too.
 
         Silence is counted in rounds, not by the clock.  After a standstill of the process
-        (SIGSTOP, a frozen container) there is one round, so it makes no peer idle.
+        (SIGSTOP, a frozen container) there is one round, however long it was.
         """
         self._next_housekeeping = time.monotonic() + self._tick
         self._resume_accepting()
@@ -523,22 +515,24 @@ class PollServer:
                 self._check_silent(fd, connection)
 
     def _check_silent(self, fd: int, connection: Connection) -> None:
-        """Close a silent connection, unless its peer is still receiving.
+        """Close a silent connection, unless the kernel knows of progress.
 
-        A peer that reads slowly causes no event until a third of the send buffer is free, but
-        its kernel acknowledges bytes.  If it has acknowledged some since the last check, its
-        silence is counted from zero again.  The first check counts all bytes acknowledged so far,
-        so a peer that takes no more bytes is closed at the second one.  During a drain only the
-        grace ends the wait for a peer that has not all its bytes.
+        A peer that reads slowly causes no event until a third of the send buffer is free, but its
+        kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
+        reported yet.  If there is such progress since the last check, silence is counted from
+        zero again.  The first check compares with zero bytes, so a peer that takes no more bytes
+        is closed at the second one.
+
+        During a drain only the grace ends the wait for a peer that has not all its bytes.
         """
         undelivered = connection.undelivered()
         if self.stop_requests:
             if not undelivered:
                 self._close(fd, "server stopped")
             return
-        acknowledged = connection.sent - connection.unacknowledged()
-        if undelivered and acknowledged > connection.last_acknowledged:
-            connection.last_acknowledged = acknowledged
+        progress = connection.arrived() + connection.acknowledged()
+        if undelivered and progress > connection.last_progress:
+            connection.last_progress = progress
             connection.silent_rounds = 0
         else:
             idle_timeout = self._tick * self._max_silent_rounds
@@ -607,7 +601,7 @@ class PollServer:
             drained = not self.fd_to_socket and not self._listeners
             if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
-        if self._listeners:  # accepting is paused, and the backlog has an unknown number of peers
+        if self._listeners:  # accepting is paused, and the backlogs have an unknown number of peers
             self.cut += 1
         for fd in list(self.fd_to_socket):
             self._cut(fd, "cut")
@@ -623,12 +617,11 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
                 if not self._accept(listener):
                     break
-        # If accepting is paused, no listener is left in the poller, and any may have peers.  Else
-        # this polls nothing, and the listeners are closed.
+        paused = self._listeners.keys() - self._poller.masks.keys()
         backlogs = select.poll()
-        for fd in self._listeners.keys() - self._poller.masks.keys():
+        for fd in paused:
             backlogs.register(fd, READ_ONLY)
-        if not backlogs.poll(0):
+        if not backlogs.poll(0):  # accepting is not paused, or no backlog has a peer
             self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -647,9 +640,9 @@ class Poller:
     for a time that grows with the number of all of them (PATIENCE).  An idle descriptor that
     gets an event waits for that time, and for the work on the events of one poll, at most.
 
-    ``_next_busy`` collects the descriptors that have an event or are registered.  At each full
-    poll ``_busy`` is made anew of them, and the collection begins again.  What is registered
-    between two full polls enters ``_busy`` at once.
+    The busy descriptors are those in ``_recent``, which had an event or were registered since the
+    full poll before the last.  At each full poll ``_busy`` is made anew of ``_recent``, and
+    ``_recent`` begins again.  A descriptor that is registered enters ``_busy`` at once.
 
     Every poll first asks with timeout 0: that costs a third of a poll that may wait.
     """
@@ -662,7 +655,7 @@ class Poller:
         self.masks: dict[int, int] = {}  # of the descriptors that are registered
         self._all = select.poll()
         self._busy = select.poll()
-        self._next_busy: set[int] = set()
+        self._recent: set[int] = set()
         self._next_full_poll = 0.0  # seconds, monotonic
         self._last_wait_was_short = False
 
@@ -671,7 +664,7 @@ class Poller:
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
         self.masks[fd] = mask  # last, so that what failed to register is seen as not registered
-        self._next_busy.add(fd)
+        self._recent.add(fd)
 
     def unregister(self, fd: int) -> None:
         """Forget a descriptor, also one that is not registered."""
@@ -681,7 +674,7 @@ class Poller:
                 poller.unregister(fd)
 
     def poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Descriptors with their events; waits for the first one, at most ``timeout`` milliseconds.
+        """Descriptors with their events; waits ``timeout`` milliseconds or little more for one.
 
         Raises ``OSError`` as poll(2) does.
         """
@@ -690,18 +683,16 @@ class Poller:
         time_left = self._next_full_poll - time.monotonic()
         if time_left > 0:
             events = self._busy.poll(0) or self._busy.poll(min(int(time_left * 1000), timeout))
-            # If the full poll is due by now, it comes first, so that idle descriptors do not wait
-            # longer.  It reports these events again, as poll is level-triggered.
-            if events and time.monotonic() < self._next_full_poll:
-                self._next_busy |= dict(events).keys()
+            if events:
+                self._recent |= dict(events).keys()
                 return events
-        # No busy descriptor has an event, or the full poll is due.
+        # The full poll is due, or no busy descriptor had an event until it was.
         events = self._full_poll(timeout)
-        self._next_busy |= dict(events).keys()
+        self._recent |= dict(events).keys()
         self._busy = select.poll()
-        for fd in self._next_busy & self.masks.keys():  # not those that were unregistered
+        for fd in self._recent & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
-        self._next_busy = set()
+        self._recent = set()
         self._next_full_poll = time.monotonic() + self.PATIENCE * len(self.masks)
         return events
 
