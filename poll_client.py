@@ -65,8 +65,8 @@ PATIENCE = 300  # milliseconds of silence of the server, after which the prompt 
 REDRAW_PAUSE = 0.01
 # States in which readline shows a prompt of its own: readline.h, ISEARCH|NSEARCH|NUMERICARG.
 READLINE_PROMPT_STATES = 0x580
-# The signals of signal(7) that end a process by default and can be handled.  SIGPIPE is not among
-# them, nor are those that report an error in the program (as SIGSEGV does).
+# Signals that end a process by default: signal(7).  Left out are SIGPIPE, the real-time and unused
+# signals, and those that report an error in the program (as SIGSEGV does).
 FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 
 
@@ -387,6 +387,7 @@ class ReadlineSession(TerminalSession):
     def __init__(self, library: Any) -> None:
         super().__init__()
         import ctypes
+        import readline
 
         self._library = library
         self._string_at = ctypes.string_at
@@ -394,6 +395,7 @@ class ReadlineSession(TerminalSession):
         self._typed = ctypes.c_char_p.in_dll(library, "rl_line_buffer")
         self._lines: list[bytes] = []  # finished ones, which read() has not returned yet
         self._eof_seen = False
+        self._drawn_size = screen_size()  # of the terminal, when the prompt was drawn last
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
         # readline would call these two functions before and after each line, to set the terminal's
@@ -403,6 +405,10 @@ class ReadlineSession(TerminalSession):
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
         library.rl_callback_handler_install(b"", self._callback)
+        # The marks of a bracketed paste do nothing: pasted keys are like typed ones.  By default
+        # readline waits for the end of a paste, and meanwhile the loop would hear nothing else.
+        for mark in (r"\e[200~", r"\e[201~"):
+            readline.parse_and_bind(f'"{mark}": set-mark')
 
     def on_silence(self) -> None:
         if not self._input_ended:
@@ -410,7 +416,9 @@ class ReadlineSession(TerminalSession):
         super().on_silence()
 
     def read(self) -> bytes | None:
-        if self._waiting_for_silence:  # a key brings the prompt at once
+        # A key brings the prompt at once.  After a resize of the window, readline erases by the old
+        # size and draws by the new one.
+        if self._waiting_for_silence or self._drawn_size != screen_size():
             self._waiting_for_silence = False
             self._erase()
             self._draw_prompt()
@@ -454,9 +462,10 @@ class ReadlineSession(TerminalSession):
             return
         lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
         finished = escape_controls(lines + newline)
+        rows = self._drawn_size[1]
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
-        if may_fill_half_a_screen(self._before_prompt):
+        if most_rows(self._before_prompt) > rows / 2:
             finished += escape_controls(self._before_prompt) + "\n"
             self._before_prompt = ""
         # Text that ends with a newline brings the prompt.  An unfinished line leaves it as it is:
@@ -465,8 +474,9 @@ class ReadlineSession(TerminalSession):
             self._waiting_for_silence = False
         # readline 8.3 clears the screen before it draws a line that is taller than the screen.  So
         # newlines move what stands on the screen into the terminal's scrollback first.
-        if finished and may_fill_half_a_screen((self._typed.value or b"").decode(errors="replace")):
-            finished += "\n" * screen_size()[1]
+        typed = (self._typed.value or b"").decode(errors="replace")
+        if finished and most_rows(self._before_prompt + PROMPT + typed) >= rows:
+            finished += "\n" * rows
         self._erase()
         write(finished)
         self._draw_prompt()
@@ -485,7 +495,8 @@ class ReadlineSession(TerminalSession):
 
     def _draw_prompt(self) -> None:
         """Draw the unfinished line, the prompt if there is to be one, and the typed text."""
-        self._library.rl_reset_screen_size()  # the window may have changed
+        self._library.rl_reset_screen_size()  # the window may have been resized
+        self._drawn_size = screen_size()
         self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
@@ -533,11 +544,10 @@ def screen_size() -> tuple[int, int]:
     return columns or 80, rows or 24
 
 
-def may_fill_half_a_screen(text: str) -> bool:
-    """Whether the text may need so many rows: a byte needs one column, a newline a row, at most."""
-    columns, rows = screen_size()
-    most_columns = len(for_stdout(escape_controls(text))) + columns * text.count("\n")
-    return most_columns > columns * rows / 2
+def most_rows(text: str) -> float:
+    """Rows that a line may need; a byte of it needs one column at most."""
+    columns, _ = screen_size()
+    return len(for_stdout(escape_controls(text))) / columns
 
 
 def in_background() -> bool:

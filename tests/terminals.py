@@ -16,7 +16,7 @@ import pytest
 from processes import CLIENT, ROOT, STREAMS, cpu_share, state, wait_until
 
 UP, LEFT, CTRL_C, CTRL_D, CTRL_Z, ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1a", "\r"
-CTRL_R, CTRL_S, CTRL_T, ESCAPE = "\x12", "\x13", "\x14", "\x1b"
+CTRL_R, CTRL_S, CTRL_T, CTRL_U, ESCAPE = "\x12", "\x13", "\x14", "\x15", "\x1b"
 
 
 def script(before):

@@ -24,6 +24,7 @@ from terminals import (
     CTRL_R,
     CTRL_S,
     CTRL_T,
+    CTRL_U,
     ENTER,
     ESCAPE,
     LEFT,
@@ -328,15 +329,37 @@ def test_a_window_that_is_resized_at_the_prompt_is_used_as_it_is(talk):
     user.ends_in("news", "more", *rows)
 
 
+def test_after_a_resize_what_is_typed_wraps_at_the_new_edge(talk):
+    user, peer = talk(size=(40, 8), stderr=subprocess.DEVNULL)
+    peer.sendall(b"a line of the server\n")
+    user.ends_in("a line of the server", "<<<")
+    user.resize(24, 8)
+    for key in "t" * 60:
+        user.type(key)
+    user.ends_in("a line of the server", "<<< " + "t" * 20, "t" * 24, "t" * 16)
+    user.type(CTRL_U)
+    wait_until(lambda: user.look() == ["a line of the server", "<<<"], "the empty prompt")
+
+
+def test_text_above_a_typed_line_stays_on_the_screen_while_there_is_room(talk):
+    user, peer = talk(size=(40, 24), stderr=subprocess.DEVNULL)
+    user.type("t" * 500)
+    rows = re.findall(".{1,40}", prompt("t" * 500))
+    user.ends_in(*rows)
+    peer.sendall(b"news\n")
+    user.ends_in("news", *rows)
+    assert not user.screen.history.top
+
+
 VI, SIDEWAYS = "set editing-mode vi", "set horizontal-scroll-mode on"
-PASTE, PASTE_END = ESCAPE + "[200~", ESCAPE + "[201~"  # of a terminal with bracketed paste
+PASTE = ESCAPE + "[200~"  # begins what a terminal with bracketed paste sends
 
 
 @pytest.mark.parametrize(
     ("size", "setting", "typed", "line"),
     [
         ((40, 8), "", "t" * 400, "t" * 400),
-        ((40, 8), "", PASTE + "p\r" * 20 + "q" + PASTE_END, "p\n" * 20 + "q"),
+        ((40, 24), "", PASTE + "half a li", "half a li"),
         ((40, 1), "", "half a li", "half a li"),
         ((40, 1), "", "t" * 100, "t" * 100),
         ((40, 2), "", "half a li", "half a li"),
@@ -349,7 +372,7 @@ PASTE, PASTE_END = ESCAPE + "[200~", ESCAPE + "[201~"  # of a terminal with brac
     ],
     ids=[
         "taller than the screen",
-        "a paste of many short lines",
+        "a paste without an end",
         "one row",
         "one row, too long",
         "two rows",
