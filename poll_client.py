@@ -655,9 +655,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
-        epilog="exit status: 0 if exactly the input came back (at a terminal: if Ctrl-D ended the "
-        "input and the connection was not lost); 1 if not, or if there was no connection; 2 for a "
-        "usage error. Ctrl-C ends it by SIGINT.",
+        epilog="exit status: 0 if the connection was not lost and exactly the input came back "
+        "(at a terminal: and Ctrl-D ended the input); 1 if not, or if there was no connection; "
+        "2 for a usage error. Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
     host_help = "of the server (default: %(default)s)"

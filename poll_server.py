@@ -890,7 +890,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         prog="poll_server",
         description="Echo every byte back, over TCP, with poll(2).",
         epilog="SIGTERM, Ctrl-C or a closed terminal (SIGHUP) stops it: what has arrived is "
-        "echoed first, for 5 s at most; a second SIGTERM or Ctrl-C stops it at once. "
+        "echoed first, for 5 s at most; SIGTERM or Ctrl-C during that time stops it at once. "
         "exit status: 0 if it was stopped and cut no peer; 1 if it had to cut peers, or if an "
         "address cannot be used; 2 for a usage error.",
     )
@@ -898,7 +898,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--host", default="localhost", help="name or address to listen on (default: %(default)s)")
     add("--port", type=port_number, default=8800, help="0: take a free one (default: %(default)s)")
     add("--max-connections", type=int, metavar="N", help="leave the rest in the backlog")
-    add("--idle-timeout", type=float, metavar="SECONDS", help="close peers silent so long")
+    add("--idle-timeout", type=float, metavar="SECONDS", help="0.01 or more: close silent peers")
     add("--reuse-port", action="store_true", help="share the port with other processes")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="trace the mechanism")
