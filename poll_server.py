@@ -23,7 +23,7 @@ wait in a queue of the connection.  The mask follows from them and from what the
 
 What poll(2) reports about a TCP socket, and what the loop does about it:
 
-    POLLIN     bytes or end of file (EOF)       receive once, and send that at once
+    POLLIN     bytes or end of file (EOF)       receive once; send that, or add it to the queue
                a connection in the backlog      accept it
     POLLOUT    room in the send buffer          send one chunk; the next poll repeats POLLIN
     POLLERR    the connection has failed        receive or send, which raises the reason
@@ -105,14 +105,14 @@ CONNECTION_ERRORS = {
 class Connection:
     """One peer: its socket, its unsent bytes, and the mask to poll with.
 
-    There is a queue only while there are unsent bytes, and it is never empty.  Bytes that are
-    received then go to its end, so the order is kept.
+    There is a queue only while there are unsent bytes, and it is never empty.  As long as there
+    is one, received bytes go to its end, so the order is kept.
     """
 
     __slots__ = (
         "eof_received",
-        "last_progress",
         "peer",
+        "progress",
         "queue",
         "received",
         "sent",
@@ -128,7 +128,7 @@ class Connection:
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
         self.silent_rounds = 0  # rounds of housekeeping since the last event or progress
-        self.last_progress = 0  # bytes, when _check_silent asked for them last
+        self.progress = 0  # bytes arrived plus bytes acknowledged, by the last _check_silent
 
     def mask(self) -> int:
         """The mask, by the first table of the module; 0: the connection is to be closed."""
@@ -139,13 +139,13 @@ class Connection:
         return READ_WRITE
 
     def handle(self, flags: int, buffer: memoryview) -> int:
-        """Act on one event; returns the number of bytes received, which are first in the buffer.
+        """Act on one event.  What it receives is at the start of the buffer; returns its size.
 
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With POLLIN and POLLOUT together, send comes first: it makes the queue shorter.  After
-        # POLLERR and POLLHUP, send raises the reason, as receive does.
+        # With a queue, receive only if POLLIN is the only event.  At any other one, send makes the
+        # queue shorter, or raises the reason for POLLERR or POLLHUP.
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
@@ -161,7 +161,7 @@ class Connection:
             return size
         try:
             sent = self.sock.send(data)
-        except OSError:  # EAGAIN: there is no room.  After any other error the next send fails, too
+        except OSError:  # EAGAIN: there is no room.  Any other error that lasts comes again.
             sent = 0
         self.sent += sent
         if sent < size:
@@ -172,7 +172,7 @@ class Connection:
 
     def _send_chunk(self, chunks: queue.Queue[bytes]) -> None:
         """Send the first chunk; what the kernel does not take of it stays the first one."""
-        chunk = chunks.queue[0]
+        chunk = chunks.queue[0]  # queue.Queue keeps its items in a deque of this name
         sent = self.sock.send(chunk)
         self.sent += sent
         if sent < len(chunk):
@@ -386,8 +386,8 @@ class PollServer:
     ) -> None:
         """Close a connection whose receive or send has failed.
 
-        The socket is closed at the end even if this raises ``MemoryError``.  A connection that
-        has dropped received bytes, for shortage of memory, must not go on.
+        The socket is closed at the end even if this raises ``MemoryError``: for shortage of memory
+        handle() may have dropped received bytes, and then the connection must not go on.
         """
         with connection.sock:
             if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
@@ -520,8 +520,8 @@ class PollServer:
         A peer that reads slowly causes no event until a third of the send buffer is free, but its
         kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
         reported yet.  If there is such progress since the last check, silence is counted from
-        zero again.  The first check compares with zero bytes, so a peer that takes no more bytes
-        is closed at the second one.
+        zero again.  The first check finds progress since the connection was opened, so a peer
+        that takes no more bytes is closed at the second one.
 
         During a drain only the grace ends the wait for a peer that has not all its bytes.
         """
@@ -531,8 +531,8 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         progress = connection.arrived() + connection.acknowledged()
-        if undelivered and progress > connection.last_progress:
-            connection.last_progress = progress
+        if undelivered and progress > connection.progress:
+            connection.progress = progress
             connection.silent_rounds = 0
         else:
             idle_timeout = self._tick * self._max_silent_rounds
