@@ -161,7 +161,7 @@ class Connection:
             return size
         try:
             sent = self.sock.send(data)
-        except OSError:  # EAGAIN: there is no room.  Any other error that lasts comes again.
+        except OSError:  # EAGAIN: there is no room.  Another error comes again at the next send.
             sent = 0
         self.sent += sent
         if sent < size:
