@@ -25,7 +25,7 @@ What poll(2) reports about a TCP socket, and what the loop does about it:
 
     POLLIN     bytes or end of file (EOF)       receive once; send that, or add it to the queue
                a connection in the backlog      accept it
-    POLLOUT    room in the send buffer          send one chunk; the next poll repeats POLLIN
+    POLLOUT    room in the send buffer          send one chunk, and leave POLLIN to the next poll
     POLLERR    the connection has failed        receive or send, which raises the reason
     POLLHUP    both directions are shut down    receive or send, which reports the end
     POLLNVAL   the descriptor is not open       forget it: another part of the program closed it
@@ -110,9 +110,9 @@ class Connection:
     """
 
     __slots__ = (
+        "bytes_moved",
         "eof_received",
         "peer",
-        "progress",
         "queue",
         "received",
         "sent",
@@ -128,7 +128,7 @@ class Connection:
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
         self.silent_rounds = 0  # rounds of housekeeping since the last event or progress
-        self.progress = 0  # bytes arrived plus bytes acknowledged, by the last _check_silent
+        self.bytes_moved = 0  # arrived plus acknowledged, as _check_silent found them last
 
     def mask(self) -> int:
         """The mask, by the first table of the module; 0: the connection is to be closed."""
@@ -161,7 +161,7 @@ class Connection:
             return size
         try:
             sent = self.sock.send(data)
-        except OSError:  # EAGAIN: there is no room.  Another error comes again at the next send.
+        except OSError:  # EAGAIN: there is no room.  Another error comes again, if it lasts.
             sent = 0
         self.sent += sent
         if sent < size:
@@ -243,7 +243,7 @@ class PollServer:
     server_address: the first ``(host, port)`` that it listens on.
     cut: how many connections the server had to close before their peers had all their bytes,
         for shortage of memory or at a stop.  A peer that is closed as idle does not count.
-        Backlogs from which a stop could not accept count as one connection together.
+        If a stop could not accept the peers in the backlogs, all these count as one.
     lost: the bytes that those peers have not got, as far as the server knew of them.
     stop_requests: 0 while it serves; 1 during the drain; more if the drain is to be cut short.
     fd_to_socket: the open connections by descriptor; each of them has a socket.
@@ -377,8 +377,9 @@ class PollServer:
                 if not self._accept(listener):
                     break
         else:
-            # It is the wake-up, whose byte is never received.  Or an exception has interrupted
-            # _close.  In both cases poll() would report the descriptor for ever.
+            # It is the wake-up.  Once is enough, as the rounds of a drain are short, so its byte is
+            # never received.  Or an exception has interrupted _close, and the descriptor is closed.
+            # In both cases poll() would report it for ever.
             self._poller.unregister(fd)
 
     def _handle_failure(
@@ -507,7 +508,7 @@ class PollServer:
         self._next_housekeeping = time.monotonic() + self._tick
         self._resume_accepting()
         if self.stop_requests:
-            self._finish_accepting()
+            self._accept_rest()
         for fd, connection in list(self.fd_to_socket.items()):
             if connection.silent_rounds < self._max_silent_rounds:
                 connection.silent_rounds += 1
@@ -520,8 +521,8 @@ class PollServer:
         A peer that reads slowly causes no event until a third of the send buffer is free, but its
         kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
         reported yet.  If there is such progress since the last check, silence is counted from
-        zero again.  The first check finds progress since the connection was opened, so a peer
-        that takes no more bytes is closed at the second one.
+        zero again.  The first check compares with 0, and always finds some progress.  So a peer
+        that takes no more bytes is closed at the second check.
 
         During a drain only the grace ends the wait for a peer that has not all its bytes.
         """
@@ -530,9 +531,9 @@ class PollServer:
             if not undelivered:
                 self._close(fd, "server stopped")
             return
-        progress = connection.arrived() + connection.acknowledged()
-        if undelivered and progress > connection.progress:
-            connection.progress = progress
+        bytes_moved = connection.arrived() + connection.acknowledged()
+        if undelivered and bytes_moved > connection.bytes_moved:
+            connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
         else:
             idle_timeout = self._tick * self._max_silent_rounds
@@ -608,21 +609,22 @@ class PollServer:
         if self.cut:
             log.warning("cut %d connections, %d bytes lost", self.cut, self.lost)
 
-    def _finish_accepting(self) -> None:
-        """Accept all peers in the backlog, as they may have sent, and close the listeners.
+    def _accept_rest(self) -> None:
+        """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        If accepting is paused and a backlog has peers, the listeners stay open for the next try.
+        If accepting is paused and a backlog has peers, the listeners stay open for the next round.
         """
         for listener in list(self._listeners.values()):
-            for _ in range(BACKLOG + 1):  # a backlog holds no more, and new peers may come for ever
+            for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        paused = self._listeners.keys() - self._poller.masks.keys()
         backlogs = select.poll()
-        for fd in paused:
+        for fd in self._listeners:
             backlogs.register(fd, READ_ONLY)
-        if not backlogs.poll(0):  # accepting is not paused, or no backlog has a peer
-            self._close_listeners()
+        is_paused = not self._listeners.keys() <= self._poller.masks.keys()
+        if is_paused and backlogs.poll(0):
+            return
+        self._close_listeners()
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -640,14 +642,14 @@ class Poller:
     time that grows with the number of all of them (PATIENCE).  An idle descriptor that gets an
     event waits for that time, and for the work on the events of one poll, at most.
 
-    ``_recent`` collects the descriptors that have an event or are registered.  A full poll makes
-    ``_busy`` anew of them, and the collection begins again.  A descriptor that is registered
-    between two full polls enters ``_busy`` at once, too.
+    ``_recent`` collects the descriptors that have had an event, or have been registered, since
+    the last full poll.  The next one makes ``_busy`` anew of them.  A descriptor that is
+    registered between two full polls enters ``_busy`` at once, too.
 
     If there are few descriptors (FEW), or most of them are busy, every poll is a full one.
     """
 
-    FEW = 100  # descriptors; 10 peers are 7 % faster
+    FEW = 100  # descriptors; without this, 10 peers are 7 % slower
     PATIENCE = 2e-6  # seconds for each descriptor, from one full poll to the next
     SPIN = 50e-6  # seconds to poll without waiting: it makes a single fast peer 2.8 times faster
 
@@ -751,7 +753,7 @@ def listen_on(
     listeners: list[socket.socket] = []
     errors: list[OSError] = []
     with contextlib.ExitStack() as to_close:
-        for family, (host, port, *rest) in addresses:  # the rest: RFC 3493, section 3.3
+        for family, (host, port, *rest) in addresses:  # IPv6 has two more: RFC 3493, 3.3
             if listeners:
                 port = listeners[0].getsockname()[1]
             try:
