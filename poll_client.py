@@ -94,8 +94,8 @@ class Conversation:
         while self.receiving:
             poller = select.poll()
             # Standard input is registered first, so its event comes first.  If the socket came
-            # first, Ctrl-Z during show() could discard the input that poll reported, and read
-            # would block.
+            # first, Ctrl-Z during show() could make the terminal drop the input that poll has
+            # reported, and read would block.
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
             poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
@@ -225,8 +225,9 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        # Silence brings the prompt; after the end of input, it brings a message.
-        self._waiting_for_silence = False
+        # True after a sent line and after the end of input.  Silence ends it, too: it brings the
+        # prompt, and after the end of input a message.
+        self._awaiting_reply = False
         self._input_ended = False
         # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
         self._before_prompt = ""
@@ -240,7 +241,7 @@ class TerminalSession(LocalSide):
         It has none while a reply is awaited, nor after the end of input.  Code that makes the
         prompt due calls ``_draw_prompt``.
         """
-        return not self._waiting_for_silence and not self._input_ended
+        return not self._awaiting_reply and not self._input_ended
 
     def start(self) -> None:
         for name in FATAL_SIGNALS.split():
@@ -250,11 +251,11 @@ class TerminalSession(LocalSide):
         self._take_terminal()
 
     def poll_timeout(self) -> int | None:
-        return PATIENCE if self._waiting_for_silence else None
+        return PATIENCE if self._awaiting_reply else None
 
     def on_silence(self) -> None:
         """Show the prompt; after end of input, tell what goes on."""
-        self._waiting_for_silence = False
+        self._awaiting_reply = False
         if not self._input_ended:
             self._draw_prompt()
             return
@@ -268,7 +269,7 @@ class TerminalSession(LocalSide):
             self._end_input()
             return data
         self._before_prompt = "" if data.endswith(b"\n") else data.decode(errors="replace")
-        self._waiting_for_silence = True
+        self._awaiting_reply = True
         return data
 
     def show(self, data: bytes) -> None:
@@ -292,7 +293,7 @@ class TerminalSession(LocalSide):
         write(escape_controls(text))
         self._before_prompt = (self._before_prompt + text).rpartition("\n")[2]
         if not self._input_ended:
-            self._waiting_for_silence = bool(self._before_prompt)
+            self._awaiting_reply = bool(self._before_prompt)
             self._draw_prompt()
 
     def _end_input(self) -> None:
@@ -300,7 +301,7 @@ class TerminalSession(LocalSide):
         self.release()
         self._before_prompt = ""
         self._input_ended = True
-        self._waiting_for_silence = True
+        self._awaiting_reply = True
 
     def _draw_prompt(self) -> None:
         """Draw the prompt, if there is to be one; the terminal cannot draw typed text again."""
@@ -331,8 +332,8 @@ class TerminalSession(LocalSide):
     def _take_terminal(self, *_: object) -> None:
         """Prepare the terminal and show the prompt; called at the start and after each stop.
 
-        In the background the process stops itself, by SIGTTIN.  If it did not, the shell's ``fg``
-        would send no SIGCONT, as that is for a stopped job, and nothing would call this again.
+        In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
+        only to a stopped job, and without SIGCONT nothing would call this again.
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
@@ -364,9 +365,9 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # After a stop SIGCONT comes, without a stop none.  In both cases the last line below takes
-        # the terminal, once: SIGCONT has no handler until then.  After a stop, raise_signal returns
-        # when the process has been continued.
+        # raise_signal returns when the process has been continued, or at once if it is not stopped.
+        # Only in the first case does SIGCONT come.  So SIGCONT has no handler meanwhile, and the
+        # last line takes the terminal in both cases.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -416,16 +417,17 @@ class ReadlineSession(TerminalSession):
         super().on_silence()
 
     def read(self) -> bytes | None:
-        # A key brings the prompt at once.  After a resize of the window, readline erases by the old
-        # size and draws by the new one.
-        if self._waiting_for_silence or self._drawn_size != screen_size():
-            self._waiting_for_silence = False
+        # A key brings the prompt at once.  After a resize of the window, the prompt is drawn anew:
+        # _erase still goes by the old size, and _draw_prompt by the new one.
+        if self._awaiting_reply or self._drawn_size != screen_size():
+            self._awaiting_reply = False
             self._erase()
             self._draw_prompt()
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
         if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
-            # The search (or the count) is over.  readline draws the prompt from before it.
+            # The search (or the count) is over.  readline draws the prompt that it had when that
+            # began; meanwhile text may have changed it.
             self._erase()
             self._draw_prompt()
         if self._lines:
@@ -452,7 +454,7 @@ class ReadlineSession(TerminalSession):
         if text:
             self._library.add_history(text)
         self._lines.append(text + b"\n")
-        self._waiting_for_silence = True
+        self._awaiting_reply = True
         # If the server has not ended its line, the new row begins with it, too.
         self._library.rl_set_prompt(self._prompt_text())
 
@@ -462,16 +464,16 @@ class ReadlineSession(TerminalSession):
             return
         lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
         finished = escape_controls(lines + newline)
-        rows = self._drawn_size[1]
+        _, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
         if most_rows(self._before_prompt) > rows / 2:
             finished += escape_controls(self._before_prompt) + "\n"
             self._before_prompt = ""
-        # Text that ends with a newline brings the prompt.  An unfinished line leaves it as it is:
-        # a prompt that is shown moves to the right of that line, one that is awaited is awaited.
+        # Text that ends with a newline brings the prompt; an unfinished line does not.  A prompt
+        # that is shown already moves to the right of that line.
         if text.endswith("\n"):
-            self._waiting_for_silence = False
+            self._awaiting_reply = False
         # readline 8.3 clears the screen before it draws a line that is taller than the screen.  So
         # newlines move what stands on the screen into the terminal's scrollback first.
         typed = (self._typed.value or b"").decode(errors="replace")
@@ -655,9 +657,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
-        epilog="exit status: 0 if the connection was not lost and exactly the input came back "
-        "(at a terminal: and Ctrl-D ended the input); 1 if not, or if there was no connection; "
-        "2 for a usage error. Ctrl-C ends it by SIGINT.",
+        epilog="exit status: 0 if the connection was not lost, and exactly the input came back "
+        "(at a terminal instead: and Ctrl-D ended the input); 1 if not, or if there was no "
+        "connection; 2 for a usage error. Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
     host_help = "of the server (default: %(default)s)"
