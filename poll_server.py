@@ -82,7 +82,7 @@ DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 
 PORT_TRIES = 10  # for port 0: the port that the first address gets may be in use on another one
 TICK = 1.0  # seconds between two rounds of housekeeping, at most
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
-DRAIN_ROUNDS = 4  # of silence, 0.2 s: a peer may wait 0.04 s for an ACK before it sends on
+DRAIN_ROUNDS = 4  # 0.2 s of silence end a connection; Nagle may hold back bytes for 0.04 s
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
@@ -377,9 +377,9 @@ class PollServer:
                 if not self._accept(listener):
                     break
         else:
-            # It is the wake-up.  Once is enough, as the rounds of a drain are short, so its byte is
-            # never received.  Or an exception has interrupted _close, and the descriptor is closed.
-            # In both cases poll() would report it for ever.
+            # It is the wake-up: a drain begins.  A later request needs none, as the rounds of a
+            # drain are short, so the byte is not received.  Or the descriptor is closed, and
+            # MemoryError has interrupted _close.  In both cases poll() must not report it again.
             self._poller.unregister(fd)
 
     def _handle_failure(
@@ -387,8 +387,9 @@ class PollServer:
     ) -> None:
         """Close a connection whose receive or send has failed.
 
-        The socket is closed at the end even if this raises ``MemoryError``: for shortage of memory
-        handle() may have dropped received bytes, and then the connection must not go on.
+        For shortage of memory handle() may have dropped received bytes, so the connection must not
+        go on.  If memory is short here, too, the socket is closed all the same, and then poll()
+        reports it (POLLNVAL).
         """
         with connection.sock:
             if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
@@ -411,7 +412,7 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If an exception interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
+        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
         loop forgets it then.
         """
         connection = self.fd_to_socket[fd]
@@ -521,8 +522,8 @@ class PollServer:
         A peer that reads slowly causes no event until a third of the send buffer is free, but its
         kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
         reported yet.  If there is such progress since the last check, silence is counted from
-        zero again.  The first check compares with 0, and always finds some progress.  So a peer
-        that takes no more bytes is closed at the second check.
+        zero again.  The first check of a connection only notes the number of bytes, as it has none
+        to compare with.
 
         During a drain only the grace ends the wait for a peer that has not all its bytes.
         """
@@ -602,7 +603,7 @@ class PollServer:
             drained = not self.fd_to_socket and not self._listeners
             if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
-        if self._listeners:  # accepting is paused, and the backlogs have an unknown number of peers
+        if self._listeners:  # _accept_rest could not accept an unknown number of peers
             self.cut += 1
         for fd in list(self.fd_to_socket):
             self._cut(fd, "cut")
@@ -618,12 +619,12 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        backlogs = select.poll()
-        for fd in self._listeners:
-            backlogs.register(fd, READ_ONLY)
-        is_paused = not self._listeners.keys() <= self._poller.masks.keys()
-        if is_paused and backlogs.poll(0):
-            return
+        if any(fd not in self._poller.masks for fd in self._listeners):  # accepting is paused
+            backlogs = select.poll()
+            for fd in self._listeners:
+                backlogs.register(fd, READ_ONLY)
+            if backlogs.poll(0):
+                return
         self._close_listeners()
 
     def _close_listeners(self) -> None:
