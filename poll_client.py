@@ -93,9 +93,9 @@ class Conversation:
         """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
-            # Standard input is registered first, so its event comes first.  If the socket came
-            # first, Ctrl-Z during show() could make the terminal drop the input that poll has
-            # reported, and read would block.
+            # Standard input is registered first, so it is read before anything is shown.  Else
+            # Ctrl-Z during show() could make the terminal drop the input that poll has reported,
+            # and read would block.
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
             poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
@@ -233,13 +233,13 @@ class TerminalSession(LocalSide):
         self._before_prompt = ""
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-        self._found_modes = termios.tcgetattr(0)  # for a signal at a time when no write is possible
+        self._found_modes = termios.tcgetattr(0)  # for a signal while writes would block
 
     def _prompt_is_due(self) -> bool:
-        """Whether the last row has the prompt, or is to get it.
+        """Whether the last row is to have the prompt.
 
-        It has none while a reply is awaited, nor after the end of input.  Code that makes the
-        prompt due calls ``_draw_prompt``.
+        It has none while a reply is awaited, nor after the end of input.  Whatever makes the
+        prompt due draws it, too.
         """
         return not self._awaiting_reply and not self._input_ended
 
@@ -417,19 +417,16 @@ class ReadlineSession(TerminalSession):
         super().on_silence()
 
     def read(self) -> bytes | None:
-        # A key brings the prompt at once.  After a resize of the window, the prompt is drawn anew:
-        # _erase still goes by the old size, and _draw_prompt by the new one.
-        if self._awaiting_reply or self._drawn_size != screen_size():
-            self._awaiting_reply = False
-            self._erase()
-            self._draw_prompt()
+        is_resized = self._drawn_size != screen_size()
+        if self._awaiting_reply or is_resized:
+            self._awaiting_reply = False  # a key brings the prompt
+            self._redraw()
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
         if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
-            # The search (or the count) is over.  readline draws the prompt that it had when that
-            # began; meanwhile text may have changed it.
-            self._erase()
-            self._draw_prompt()
+            # The search (or the count) is over.  readline has drawn the prompt that it had before.
+            # Meanwhile the server's text may have changed it.
+            self._redraw()
         if self._lines:
             data = b"".join(self._lines)
             self._lines.clear()
@@ -494,6 +491,11 @@ class ReadlineSession(TerminalSession):
         """Erase the prompt and the typed text from the screen."""
         self._library.rl_clear_visible_line()
         self._library.fflush(None)  # rl_redisplay() does so by itself
+
+    def _redraw(self) -> None:
+        """Erase and draw; after a resize of the window, erase by the old size, draw by the new."""
+        self._erase()
+        self._draw_prompt()
 
     def _draw_prompt(self) -> None:
         """Draw the unfinished line, the prompt if there is to be one, and the typed text."""
@@ -657,9 +659,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="poll_client",
         description="Send standard input to an echo server and print what comes back.",
-        epilog="exit status: 0 if the connection was not lost, and exactly the input came back "
-        "(at a terminal instead: and Ctrl-D ended the input); 1 if not, or if there was no "
-        "connection; 2 for a usage error. Ctrl-C ends it by SIGINT.",
+        epilog="exit status: 0 if exactly the input came back and the connection was not lost; "
+        "at a terminal, 0 if Ctrl-D ended the input and the connection was not lost; otherwise 1, "
+        "also if there was no connection; 2 for a usage error. Ctrl-C ends it by SIGINT.",
     )
     add = parser.add_argument
     host_help = "of the server (default: %(default)s)"
