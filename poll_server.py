@@ -144,8 +144,8 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With a queue, receive only if POLLIN is the only event.  At any other one, send makes the
-        # queue shorter, or raises the reason for POLLERR or POLLHUP.
+        # With a queue, receive only at POLLIN alone.  At any other flags, also at POLLIN|POLLOUT,
+        # send makes the queue shorter, or raises the reason for POLLERR or POLLHUP.
         if self.queue is not None and flags != select.POLLIN:
             self._send_chunk(self.queue)
             return 0
@@ -226,10 +226,10 @@ class PollServer:
     address: ``(host, port)``.  It listens on every address of the host, on all of the
         machine's if the host is empty, with the same port on each.  Port 0 takes a free one.
     max_connections: how many peers are served at a time; the others wait in the backlog of the
-        kernel.  A stop serves them all.  None: there is no limit.
+        kernel.  A stop serves the waiting ones, too.  None: there is no limit.
     idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed at this
         time or up to a second later.  A peer that does not take its bytes is closed at twice this
-        time, or up to two seconds later.  None: no peer is closed for its silence.
+        time and two seconds later at the latest.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
@@ -302,7 +302,8 @@ class PollServer:
         first = next(iter(self._listeners.values()))
         self.server_address: tuple[str, int] = first.getsockname()[:2]
         # The self-pipe trick: a byte written to one end makes the other end readable.  That ends
-        # the poll() of now, or the next one.
+        # the poll() of now, or the next one.  It is needed once: during a drain the loop looks at
+        # stop_requests every DRAIN_TICK.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
         self._poller.register(self._wake_reader.fileno(), READ_ONLY)
@@ -369,18 +370,15 @@ class PollServer:
 
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self._listeners.get(fd)
-        if listener:
-            if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
-                log.debug("listener: %s", flag_names(flags))
-            # The more descriptors, the longer a poll takes: so more are accepted after each.
-            for _ in range(1 + len(self._poller.masks) // DESCRIPTORS_PER_ACCEPT):
-                if not self._accept(listener):
-                    break
-        else:
-            # It is the wake-up: a drain begins.  A later request needs none, as the rounds of a
-            # drain are short, so the byte is not received.  Or the descriptor is closed, and
-            # MemoryError has interrupted _close.  In both cases poll() must not report it again.
-            self._poller.unregister(fd)
+        if listener is None:  # the wake-up, or a descriptor that _close could not unregister
+            self._poller.unregister(fd)  # or poll() would report it again and again
+            return
+        if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
+            log.debug("listener: %s", flag_names(flags))
+        # The more descriptors, the longer a poll takes: so more are accepted after each.
+        for _ in range(1 + len(self._poller.masks) // DESCRIPTORS_PER_ACCEPT):
+            if not self._accept(listener):
+                break
 
     def _handle_failure(
         self, fd: int, connection: Connection, flags: int, error: OSError | MemoryError
@@ -397,7 +395,7 @@ class PollServer:
                 return
             log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
-                self._forget(fd)
+                self._forget(fd)  # it detaches the socket, so the with block has nothing to close
             else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
                 self._close(fd, reason(error))
 
@@ -412,8 +410,8 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
-        loop forgets it then.
+        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and
+        the loop does the rest then.
         """
         connection = self.fd_to_socket[fd]
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
@@ -522,17 +520,16 @@ class PollServer:
         A peer that reads slowly causes no event until a third of the send buffer is free, but its
         kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
         reported yet.  If there is such progress since the last check, silence is counted from
-        zero again.  The first check of a connection only notes the number of bytes, as it has none
-        to compare with.
-
-        During a drain only the grace ends the wait for a peer that has not all its bytes.
+        zero again.
         """
         undelivered = connection.undelivered()
-        if self.stop_requests:
+        if self.stop_requests:  # during a drain only the grace ends the wait for undelivered bytes
             if not undelivered:
                 self._close(fd, "server stopped")
             return
         bytes_moved = connection.arrived() + connection.acknowledged()
+        # connection.bytes_moved is 0 at the first check.  So a peer that takes no more bytes is
+        # closed at the second one.
         if undelivered and bytes_moved > connection.bytes_moved:
             connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
@@ -563,8 +560,8 @@ class PollServer:
     def server_close(self) -> None:
         """Stop the loop if it runs, wait for the end of its drain, and close everything.
 
-        It never cuts a drain short.  Leaving the ``with`` block calls it.  The loop's own thread
-        must not call it, as it must not call ``shutdown()``.
+        It never cuts a drain short.  Leaving the ``with`` block calls it.  Like ``shutdown()``,
+        it must not be called by the loop's own thread.
         """
         if not self.stop_requests:
             self.request_stop()
@@ -591,7 +588,7 @@ class PollServer:
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # all requests so far have asked for this drain
+        self.stop_requests = 1  # those before ask for the drain; only a later one cuts it short
         self._max_connections = math.inf
         self._max_silent_rounds = DRAIN_ROUNDS
         self._tick = DRAIN_TICK
@@ -619,13 +616,18 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        if any(fd not in self._poller.masks for fd in self._listeners):  # accepting is paused
-            backlogs = select.poll()
-            for fd in self._listeners:
-                backlogs.register(fd, READ_ONLY)
-            if backlogs.poll(0):
-                return
+        if self._accepting_is_paused() and self._backlogs_have_peers():
+            return
         self._close_listeners()
+
+    def _accepting_is_paused(self) -> bool:
+        return any(fd not in self._poller.masks for fd in self._listeners)
+
+    def _backlogs_have_peers(self) -> bool:
+        backlogs = select.poll()
+        for fd in self._listeners:
+            backlogs.register(fd, READ_ONLY)
+        return bool(backlogs.poll(0))
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -644,8 +646,8 @@ class Poller:
     event waits for that time, and for the work on the events of one poll, at most.
 
     ``_recent`` collects the descriptors that have had an event, or have been registered, since
-    the last full poll.  The next one makes ``_busy`` anew of them.  A descriptor that is
-    registered between two full polls enters ``_busy`` at once, too.
+    the last full poll.  Of them, and of its own events, the next full poll makes ``_busy`` anew.
+    A descriptor that is registered between two full polls enters ``_busy`` at once, too.
 
     If there are few descriptors (FEW), or most of them are busy, every poll is a full one.
     """
@@ -692,8 +694,8 @@ class Poller:
         # The full poll is due, or no busy descriptor has an event.
         events = self._wait(self._all, timeout)
         self._recent |= dict(events).keys()
-        if 2 * len(events) > len(self.masks):  # most are busy: 1,000 busy peers are 5 % faster
-            return events
+        if 2 * len(events) > len(self.masks):
+            return events  # the next poll is full, too: 1,000 busy peers are 5 % faster
         self._busy = select.poll()
         for fd in self._recent & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
@@ -704,8 +706,8 @@ class Poller:
     def _wait(self, poller: select.poll, timeout: int) -> list[tuple[int, int]]:
         """Poll, and first of all with timeout 0: that costs a third of a poll that may wait.
 
-        If an event came soon in the last wait, it polls with timeout 0 for a while (SPIN): the next
-        event is likely to come before the process could go to sleep and wake up again.
+        If an event came soon when it last had to wait, it polls with timeout 0 for a while (SPIN):
+        the next event is likely to come before the process could go to sleep and wake up again.
         """
         spin_end = time.monotonic()
         if self._event_came_soon:
