@@ -225,8 +225,8 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        # True after a sent line and after the end of input.  Silence ends it, too: it brings the
-        # prompt, and after the end of input a message.
+        # True while the server's reply, or the rest of it, is awaited.  A newline, a key or silence
+        # ends the wait, and brings the prompt.  After the end of input silence brings a message.
         self._awaiting_reply = False
         self._input_ended = False
         # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
@@ -235,11 +235,11 @@ class TerminalSession(LocalSide):
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # for a signal while writes would block
 
-    def _prompt_is_due(self) -> bool:
-        """Whether the last row is to have the prompt.
+    def _shows_prompt(self) -> bool:
+        """Whether the last row shows the prompt, or is to show it.
 
-        It has none while a reply is awaited, nor after the end of input.  Whatever makes the
-        prompt due draws it, too.
+        It does not while a reply is awaited, nor after the end of input.  What ends the wait for a
+        reply draws the prompt, too.
         """
         return not self._awaiting_reply and not self._input_ended
 
@@ -287,7 +287,7 @@ class TerminalSession(LocalSide):
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._prompt_is_due():
+        if self._shows_prompt():
             write("\n")  # the prompt stays, with what is typed
             self._before_prompt = ""
         write(escape_controls(text))
@@ -304,13 +304,13 @@ class TerminalSession(LocalSide):
         self._awaiting_reply = True
 
     def _draw_prompt(self) -> None:
-        """Draw the prompt, if there is to be one; the terminal cannot draw typed text again."""
-        if self._prompt_is_due():
+        """Draw the prompt, if there is to be one; only readline can draw typed text again."""
+        if self._shows_prompt():
             write(PROMPT)
 
     def _start_new_row(self) -> None:
         """Move the cursor to the start of a row, below what has been drawn."""
-        if self._before_prompt or self._prompt_is_due():
+        if self._before_prompt or self._shows_prompt():
             write("\n")
 
     def _set_modes(self) -> None:
@@ -396,7 +396,7 @@ class ReadlineSession(TerminalSession):
         self._typed = ctypes.c_char_p.in_dll(library, "rl_line_buffer")
         self._lines: list[bytes] = []  # finished ones, which read() has not returned yet
         self._eof_seen = False
-        self._drawn_size = screen_size()  # of the terminal, when the prompt was drawn last
+        self._size_at_draw = screen_size()  # of the terminal, when the prompt was drawn last
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
         # readline would call these two functions before and after each line, to set the terminal's
@@ -413,11 +413,11 @@ class ReadlineSession(TerminalSession):
 
     def on_silence(self) -> None:
         if not self._input_ended:
-            self._erase()
+            self._erase()  # as _draw_prompt draws the whole row
         super().on_silence()
 
     def read(self) -> bytes | None:
-        is_resized = self._drawn_size != screen_size()
+        is_resized = self._size_at_draw != screen_size()
         if self._awaiting_reply or is_resized:
             self._awaiting_reply = False  # a key brings the prompt
             self._redraw()
@@ -460,29 +460,30 @@ class ReadlineSession(TerminalSession):
             super()._show_text(text)
             return
         lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
-        finished = escape_controls(lines + newline)
+        above = escape_controls(lines + newline)
         _, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
         if most_rows(self._before_prompt) > rows / 2:
-            finished += escape_controls(self._before_prompt) + "\n"
+            above += escape_controls(self._before_prompt) + "\n"
             self._before_prompt = ""
         # Text that ends with a newline brings the prompt; an unfinished line does not.  A prompt
         # that is shown already moves to the right of that line.
         if text.endswith("\n"):
             self._awaiting_reply = False
         # readline 8.3 clears the screen before it draws a line that is taller than the screen.  So
-        # newlines move what stands on the screen into the terminal's scrollback first.
+        # newlines move what stands there into the terminal's scrollback first.  If nothing is
+        # written above the prompt, nothing new stands there.
         typed = (self._typed.value or b"").decode(errors="replace")
-        if finished and most_rows(self._before_prompt + PROMPT + typed) >= rows:
-            finished += "\n" * rows
+        if above and most_rows(self._before_prompt + PROMPT + typed) >= rows:
+            above += "\n" * rows
         self._erase()
-        write(finished)
+        write(above)
         self._draw_prompt()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._prompt_is_due() else ""
+        prompt = PROMPT if self._shows_prompt() else ""
         text = escape_controls(self._before_prompt) + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
@@ -490,7 +491,7 @@ class ReadlineSession(TerminalSession):
     def _erase(self) -> None:
         """Erase the prompt and the typed text from the screen."""
         self._library.rl_clear_visible_line()
-        self._library.fflush(None)  # rl_redisplay() does so by itself
+        self._library.fflush(None)  # rl_redisplay() flushes by itself, the call above does not
 
     def _redraw(self) -> None:
         """Erase and draw; after a resize of the window, erase by the old size, draw by the new."""
@@ -500,7 +501,7 @@ class ReadlineSession(TerminalSession):
     def _draw_prompt(self) -> None:
         """Draw the unfinished line, the prompt if there is to be one, and the typed text."""
         self._library.rl_reset_screen_size()  # the window may have been resized
-        self._drawn_size = screen_size()
+        self._size_at_draw = screen_size()
         self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
