@@ -73,8 +73,8 @@ READ_ONLY = select.POLLIN
 WRITE_ONLY = select.POLLOUT
 READ_WRITE = READ_ONLY | WRITE_ONLY
 
-RECEIVE_SIZE = 224 * 1024  # bytes; with 128 KiB bulk transfers are 3 % slower
-SMALL_RECEIVE_SIZE = 8 * 1024  # bytes; the size while there is a queue
+RECEIVE_SIZE = 224 * 1024  # bytes, without a queue; with 128 KiB bulk transfers are 3 % slower
+SMALL_RECEIVE_SIZE = 8 * 1024  # bytes, while there is a queue
 QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 KiB are the bound
 
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
@@ -144,9 +144,9 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With a queue, receive only at POLLIN alone.  At any other flags, also at POLLIN|POLLOUT,
-        # send makes the queue shorter, or raises the reason for POLLERR or POLLHUP.
         if self.queue is not None and flags != select.POLLIN:
+            # POLLOUT: send makes the queue shorter.  POLLERR or POLLHUP: send raises the reason.
+            # The next poll repeats a POLLIN that came with them.
             self._send_chunk(self.queue)
             return 0
         limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
@@ -161,7 +161,7 @@ class Connection:
             return size
         try:
             sent = self.sock.send(data)
-        except OSError:  # EAGAIN: there is no room.  Another error comes again, if it lasts.
+        except OSError:  # EAGAIN: no room.  After any other error, the next send decides.
             sent = 0
         self.sent += sent
         if sent < size:
@@ -385,11 +385,10 @@ class PollServer:
     ) -> None:
         """Close a connection whose receive or send has failed.
 
-        For shortage of memory handle() may have dropped received bytes, so the connection must not
-        go on.  If memory is short here, too, the socket is closed all the same, and then poll()
-        reports it (POLLNVAL).
+        For shortage of memory handle() may have dropped received bytes.  Then the connection must
+        not go on, even if memory is short here, too.
         """
-        with connection.sock:
+        with connection.sock:  # a MemoryError in the block closes it, too
             if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
                 self._cut(fd, reason(error))  # it is not the peer's fault
                 return
@@ -528,8 +527,8 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         bytes_moved = connection.arrived() + connection.acknowledged()
-        # connection.bytes_moved is 0 at the first check.  So a peer that takes no more bytes is
-        # closed at the second one.
+        # At the first check connection.bytes_moved is 0, so any byte counts as progress.  A peer
+        # that takes no more bytes is closed at the second check.
         if undelivered and bytes_moved > connection.bytes_moved:
             connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
@@ -600,7 +599,7 @@ class PollServer:
             drained = not self.fd_to_socket and not self._listeners
             if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
-        if self._listeners:  # _accept_rest could not accept an unknown number of peers
+        if self._listeners:  # peers are left in the backlogs: however many, they count as one
             self.cut += 1
         for fd in list(self.fd_to_socket):
             self._cut(fd, "cut")
@@ -645,11 +644,12 @@ class Poller:
     time that grows with the number of all of them (PATIENCE).  An idle descriptor that gets an
     event waits for that time, and for the work on the events of one poll, at most.
 
-    ``_recent`` collects the descriptors that have had an event, or have been registered, since
-    the last full poll.  Of them, and of its own events, the next full poll makes ``_busy`` anew.
-    A descriptor that is registered between two full polls enters ``_busy`` at once, too.
+    ``_recent`` collects the descriptors that have an event or are registered.  A full poll adds
+    those that it reports, makes a new ``_busy`` of the collection, and empties it.  A descriptor
+    that is registered between two full polls enters ``_busy`` at once, too.
 
-    If there are few descriptors (FEW), or most of them are busy, every poll is a full one.
+    If there are few descriptors (FEW), or most of them are busy, polls of the busy ones would
+    gain nothing.
     """
 
     FEW = 100  # descriptors; without this, 10 peers are 7 % slower
@@ -679,9 +679,10 @@ class Poller:
                 poller.unregister(fd)
 
     def poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Descriptors with their events; waits ``timeout`` milliseconds or little more for one.
+        """Wait for events, and return them, each with its descriptor.
 
-        Raises ``OSError`` as poll(2) does.
+        It waits ``timeout`` milliseconds, or twice as long at most.  Raises ``OSError`` as
+        poll(2) does.
         """
         if len(self.masks) <= self.FEW:
             return self._wait(self._all, timeout)
@@ -695,7 +696,7 @@ class Poller:
         events = self._wait(self._all, timeout)
         self._recent |= dict(events).keys()
         if 2 * len(events) > len(self.masks):
-            return events  # the next poll is full, too: 1,000 busy peers are 5 % faster
+            return events  # most are busy; without this, 1,000 busy peers are 5 % slower
         self._busy = select.poll()
         for fd in self._recent & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
@@ -704,7 +705,7 @@ class Poller:
         return events
 
     def _wait(self, poller: select.poll, timeout: int) -> list[tuple[int, int]]:
-        """Poll, and first of all with timeout 0: that costs a third of a poll that may wait.
+        """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
 
         If an event came soon when it last had to wait, it polls with timeout 0 for a while (SPIN):
         the next event is likely to come before the process could go to sleep and wake up again.
