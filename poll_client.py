@@ -65,8 +65,9 @@ PATIENCE = 300  # milliseconds of silence of the server, after which the prompt 
 REDRAW_PAUSE = 0.01
 # States in which readline shows a prompt of its own: readline.h, ISEARCH|NSEARCH|NUMERICARG.
 READLINE_PROMPT_STATES = 0x580
-# Signals that end a process by default: signal(7).  Left out are SIGPIPE, the real-time and unused
-# signals, and those that report an error in the program (as SIGSEGV does).
+# Signals that end a process by default: signal(7).  Left out are SIGKILL, those that
+# Python ignores (SIGPIPE and SIGXFSZ), the real-time and unused signals, and those that report an
+# error in the program (as SIGSEGV does).
 FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 
 
@@ -93,9 +94,9 @@ class Conversation:
         """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
-            # Standard input is registered first, so it is read before anything is shown.  Else
-            # Ctrl-Z during show() could make the terminal drop the input that poll has reported,
-            # and read would block.
+            # Standard input is registered first, so it is read before anything is shown.  Ctrl-Z
+            # makes the terminal drop its input: termios(3), NOFLSH.  If that happened during
+            # show(), the input that poll has reported would be gone, and read would block.
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
             poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
@@ -230,10 +231,11 @@ class TerminalSession(LocalSide):
         self._awaiting_reply = False
         self._input_ended = False
         # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
+        # Where the terminal edits, the end of that is enough.
         self._before_prompt = ""
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-        self._found_modes = termios.tcgetattr(0)  # for a signal while writes would block
+        self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
 
     def _shows_prompt(self) -> bool:
         """Whether the last row shows the prompt, or is to show it.
@@ -291,7 +293,7 @@ class TerminalSession(LocalSide):
             write("\n")  # the prompt stays, with what is typed
             self._before_prompt = ""
         write(escape_controls(text))
-        self._before_prompt = (self._before_prompt + text).rpartition("\n")[2]
+        self._before_prompt = text.rpartition("\n")[2]
         if not self._input_ended:
             self._awaiting_reply = bool(self._before_prompt)
             self._draw_prompt()
@@ -314,7 +316,7 @@ class TerminalSession(LocalSide):
             write("\n")
 
     def _set_modes(self) -> None:
-        """Set the terminal's modes; a terminal that edits keeps those that it was found with."""
+        """Set the terminal's modes as needed; here the modes are right as they were found."""
 
     def _restore_modes(self) -> None:
         """Restore the modes that ``_set_modes`` has changed."""
@@ -337,7 +339,9 @@ class TerminalSession(LocalSide):
         """
         if in_background():
             signal.raise_signal(signal.SIGTTIN)
-            return  # by now SIGCONT has called this again, unless the stop was ignored
+            # After a stop, raise_signal returns when the handler of SIGCONT has run, which is this
+            # function.  So the terminal has been taken.
+            return
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
         self._draw_prompt()
@@ -365,9 +369,8 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # raise_signal returns when the process has been continued, or at once if it is not stopped.
-        # Only in the first case does SIGCONT come.  So SIGCONT has no handler meanwhile, and the
-        # last line takes the terminal in both cases.
+        # SIGCONT must not call _take_terminal here: the last line does.  That is needed if the
+        # process is not stopped, as then no SIGCONT comes.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -452,7 +455,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._awaiting_reply = True
-        # If the server has not ended its line, the new row begins with it, too.
+        # The new row has no prompt yet.  If there is an unfinished line, it begins with that.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -464,18 +467,18 @@ class ReadlineSession(TerminalSession):
         _, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
-        if most_rows(self._before_prompt) > rows / 2:
+        if rows_at_most(self._before_prompt) > rows / 2:
             above += escape_controls(self._before_prompt) + "\n"
             self._before_prompt = ""
         # Text that ends with a newline brings the prompt; an unfinished line does not.  A prompt
         # that is shown already moves to the right of that line.
         if text.endswith("\n"):
             self._awaiting_reply = False
-        # readline 8.3 clears the screen before it draws a line that is taller than the screen.  So
-        # newlines move what stands there into the terminal's scrollback first.  If nothing is
-        # written above the prompt, nothing new stands there.
+        # readline 8.3 clears the screen before it draws a line that is taller than the screen.
+        # What is written above that line would be lost, so newlines move it into the terminal's
+        # scrollback first.
         typed = (self._typed.value or b"").decode(errors="replace")
-        if above and most_rows(self._before_prompt + PROMPT + typed) >= rows:
+        if above and rows_at_most(self._before_prompt + PROMPT + typed) >= rows:
             above += "\n" * rows
         self._erase()
         write(above)
@@ -549,7 +552,7 @@ def screen_size() -> tuple[int, int]:
     return columns or 80, rows or 24
 
 
-def most_rows(text: str) -> float:
+def rows_at_most(text: str) -> float:
     """Rows that a line may need; a byte of it needs one column at most."""
     columns, _ = screen_size()
     return len(for_stdout(escape_controls(text))) / columns
@@ -722,8 +725,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.raise_signal(signal.SIGPIPE)
         raise  # where SIGPIPE is blocked
-    except OSError as error:  # standard input or output
-        trouble = str(error.strerror)
+    except (OSError, termios.error) as error:  # standard input or output
+        trouble = os.strerror(error.args[0])
     if not trouble:
         return 0
     say(f"poll_client: {trouble}")
