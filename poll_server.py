@@ -208,7 +208,7 @@ class Connection:
 
 
 class PollServer:
-    """An echo server, to be used as one of the standard library's ``socketserver`` is.
+    """An echo server, used like the servers of the standard library's ``socketserver``.
 
     As a pytest fixture:
 
@@ -219,7 +219,7 @@ class PollServer:
                 yield server.server_address
 
     The end of the ``with`` block stops the loop and closes everything.  The thread is a daemon,
-    so a test run that does not get there ends all the same.
+    so a test run that never leaves the block ends all the same.
 
     Parameters:
 
@@ -370,7 +370,8 @@ class PollServer:
 
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self._listeners.get(fd)
-        if listener is None:  # the wake-up, or a descriptor that _close could not unregister
+        if listener is None:
+            # The wake-up, or a descriptor that _close could not unregister for want of memory.
             self._poller.unregister(fd)  # or poll() would report it again and again
             return
         if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
@@ -383,20 +384,20 @@ class PollServer:
     def _handle_failure(
         self, fd: int, connection: Connection, flags: int, error: OSError | MemoryError
     ) -> None:
-        """Close a connection whose receive or send has failed.
-
-        For shortage of memory handle() may have dropped received bytes.  Then the connection must
-        not go on, even if memory is short here, too.
-        """
-        with connection.sock:  # a MemoryError in the block closes it, too
+        """Close a connection whose receive or send has failed."""
+        try:
             if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
                 self._cut(fd, reason(error))  # it is not the peer's fault
                 return
             log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
-                self._forget(fd)  # it detaches the socket, so the with block has nothing to close
+                self._forget(fd)
             else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
                 self._close(fd, reason(error))
+        finally:
+            # It is open only if a MemoryError has interrupted the above.  It must not go on: for
+            # shortage of memory handle() may have dropped received bytes.
+            connection.sock.close()
 
     def _forget(self, fd: int) -> None:
         """Drop a connection whose descriptor was closed by another part of the program.
@@ -514,12 +515,12 @@ class PollServer:
                 self._check_silent(fd, connection)
 
     def _check_silent(self, fd: int, connection: Connection) -> None:
-        """Close a silent connection, unless the kernel knows of progress.
+        """Close a silent connection, unless its peer waits for bytes and bytes still move.
 
         A peer that reads slowly causes no event until a third of the send buffer is free, but its
         kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
-        reported yet.  If there is such progress since the last check, silence is counted from
-        zero again.
+        reported yet.  In both cases there are undelivered bytes, and the kernel has counted more
+        bytes than at the last check.  Then silence is counted from zero again.
         """
         undelivered = connection.undelivered()
         if self.stop_requests:  # during a drain only the grace ends the wait for undelivered bytes
@@ -527,8 +528,7 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         bytes_moved = connection.arrived() + connection.acknowledged()
-        # At the first check connection.bytes_moved is 0, so any byte counts as progress.  A peer
-        # that takes no more bytes is closed at the second check.
+        # At the first check connection.bytes_moved is 0, and nobody who waits for bytes is closed.
         if undelivered and bytes_moved > connection.bytes_moved:
             connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
@@ -644,12 +644,12 @@ class Poller:
     time that grows with the number of all of them (PATIENCE).  An idle descriptor that gets an
     event waits for that time, and for the work on the events of one poll, at most.
 
-    ``_recent`` collects the descriptors that have an event or are registered.  A full poll adds
+    ``_recent`` collects the descriptors that have an event or get registered.  A full poll adds
     those that it reports, makes a new ``_busy`` of the collection, and empties it.  A descriptor
     that is registered between two full polls enters ``_busy`` at once, too.
 
-    If there are few descriptors (FEW), or most of them are busy, polls of the busy ones would
-    gain nothing.
+    With few descriptors (FEW) each poll is a full one, and so is the next one if a full poll
+    reports most of them.
     """
 
     FEW = 100  # descriptors; without this, 10 peers are 7 % slower
@@ -695,8 +695,9 @@ class Poller:
         # The full poll is due, or no busy descriptor has an event.
         events = self._wait(self._all, timeout)
         self._recent |= dict(events).keys()
-        if 2 * len(events) > len(self.masks):
-            return events  # most are busy; without this, 1,000 busy peers are 5 % slower
+        if 2 * len(events) > len(self.masks):  # without this, 1,000 busy peers are 5 % slower
+            self._next_full_poll = 0.0
+            return events
         self._busy = select.poll()
         for fd in self._recent & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
