@@ -231,17 +231,17 @@ class TerminalSession(LocalSide):
         self._awaiting_reply = False
         self._input_ended = False
         # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
-        # Where the terminal edits, the end of that is enough.
+        # Where the terminal edits, all that matters is whether it is empty.
         self._before_prompt = ""
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
 
-    def _shows_prompt(self) -> bool:
-        """Whether the last row shows the prompt, or is to show it.
+    def _is_prompting(self) -> bool:
+        """Whether the last row has the prompt.
 
-        It does not while a reply is awaited, nor after the end of input.  What ends the wait for a
-        reply draws the prompt, too.
+        It has none while a reply is awaited, nor after the end of input.  What ends the wait for a
+        reply calls ``_draw_row``.
         """
         return not self._awaiting_reply and not self._input_ended
 
@@ -259,7 +259,7 @@ class TerminalSession(LocalSide):
         """Show the prompt; after end of input, tell what goes on."""
         self._awaiting_reply = False
         if not self._input_ended:
-            self._draw_prompt()
+            self._draw_row()
             return
         self._start_new_row()
         self._before_prompt = ""
@@ -289,14 +289,13 @@ class TerminalSession(LocalSide):
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._shows_prompt():
+        if self._is_prompting():
             write("\n")  # the prompt stays, with what is typed
-            self._before_prompt = ""
         write(escape_controls(text))
         self._before_prompt = text.rpartition("\n")[2]
         if not self._input_ended:
             self._awaiting_reply = bool(self._before_prompt)
-            self._draw_prompt()
+            self._draw_row()
 
     def _end_input(self) -> None:
         """Give the terminal back: from now on the job may run in the background."""
@@ -305,14 +304,14 @@ class TerminalSession(LocalSide):
         self._input_ended = True
         self._awaiting_reply = True
 
-    def _draw_prompt(self) -> None:
-        """Draw the prompt, if there is to be one; only readline can draw typed text again."""
-        if self._shows_prompt():
+    def _draw_row(self) -> None:
+        """Draw the prompt, if there is to be one; only readline can draw the rest of the row."""
+        if self._is_prompting():
             write(PROMPT)
 
     def _start_new_row(self) -> None:
         """Move the cursor to the start of a row, below what has been drawn."""
-        if self._before_prompt or self._shows_prompt():
+        if self._before_prompt or self._is_prompting():
             write("\n")
 
     def _set_modes(self) -> None:
@@ -338,13 +337,13 @@ class TerminalSession(LocalSide):
         only to a stopped job, and without SIGCONT nothing would call this again.
         """
         if in_background():
+            # The process stops here.  When ``fg`` continues it, the handler of SIGCONT, which is
+            # this function, takes the terminal before raise_signal returns.
             signal.raise_signal(signal.SIGTTIN)
-            # After a stop, raise_signal returns when the handler of SIGCONT has run, which is this
-            # function.  So the terminal has been taken.
             return
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
-        self._draw_prompt()
+        self._draw_row()
 
     def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
@@ -369,8 +368,8 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # SIGCONT must not call _take_terminal here: the last line does.  That is needed if the
-        # process is not stopped, as then no SIGCONT comes.
+        # The last line takes the terminal, also if the process is not stopped and no SIGCONT comes.
+        # So the handler of SIGCONT must not take it, too.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -409,14 +408,15 @@ class ReadlineSession(TerminalSession):
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
         library.rl_callback_handler_install(b"", self._callback)
-        # The marks of a bracketed paste do nothing: pasted keys are like typed ones.  By default
-        # readline waits for the end of a paste, and meanwhile the loop would hear nothing else.
+        # The marks of a bracketed paste only set readline's mark: pasted keys are like typed ones.
+        # By default readline waits for the end of a paste, and meanwhile the loop would hear
+        # nothing else.
         for mark in (r"\e[200~", r"\e[201~"):
             readline.parse_and_bind(f'"{mark}": set-mark')
 
     def on_silence(self) -> None:
         if not self._input_ended:
-            self._erase()  # as _draw_prompt draws the whole row
+            self._erase()  # as _draw_row draws the whole row
         super().on_silence()
 
     def read(self) -> bytes | None:
@@ -455,7 +455,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._awaiting_reply = True
-        # The new row has no prompt yet.  If there is an unfinished line, it begins with that.
+        # readline draws this on the new row: the unfinished line, if any.  The prompt comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -482,11 +482,11 @@ class ReadlineSession(TerminalSession):
             above += "\n" * rows
         self._erase()
         write(above)
-        self._draw_prompt()
+        self._draw_row()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._shows_prompt() else ""
+        prompt = PROMPT if self._is_prompting() else ""
         text = escape_controls(self._before_prompt) + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
@@ -499,9 +499,9 @@ class ReadlineSession(TerminalSession):
     def _redraw(self) -> None:
         """Erase and draw; after a resize of the window, erase by the old size, draw by the new."""
         self._erase()
-        self._draw_prompt()
+        self._draw_row()
 
-    def _draw_prompt(self) -> None:
+    def _draw_row(self) -> None:
         """Draw the unfinished line, the prompt if there is to be one, and the typed text."""
         self._library.rl_reset_screen_size()  # the window may have been resized
         self._size_at_draw = screen_size()
