@@ -80,7 +80,7 @@ QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 Ki
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
 PORT_TRIES = 10  # for port 0: the port that the first address gets may be in use on another one
-TICK = 1.0  # seconds between two rounds of housekeeping, at most
+TICK = 1.0  # seconds from one round of housekeeping to the next; less for a short idle timeout
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
 DRAIN_ROUNDS = 4  # 0.2 s of silence end a connection; Nagle may hold back bytes for 0.04 s
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
@@ -139,7 +139,7 @@ class Connection:
         return READ_WRITE
 
     def handle(self, flags: int, buffer: memoryview) -> int:
-        """Act on one event.  What it receives is at the start of the buffer; returns its size.
+        """Act on one event; returns how many bytes were received, into the start of the buffer.
 
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
@@ -161,7 +161,9 @@ class Connection:
             return size
         try:
             sent = self.sock.send(data)
-        except OSError:  # EAGAIN: no room.  After any other error, the next send decides.
+        except OSError:
+            # EAGAIN: there is no room.  After any other error the bytes are queued, too, and the
+            # next send succeeds or raises.
             sent = 0
         self.sent += sent
         if sent < size:
@@ -228,8 +230,8 @@ class PollServer:
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel.  A stop serves the waiting ones, too.  None: there is no limit.
     idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed at this
-        time or up to a second later.  A peer that does not take its bytes is closed at twice this
-        time and two seconds later at the latest.  None: no peer is closed for its silence.
+        time or up to a second later.  One that does not take its bytes is closed within twice this
+        time and two seconds.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
@@ -395,8 +397,8 @@ class PollServer:
             else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
                 self._close(fd, reason(error))
         finally:
-            # It is open only if a MemoryError has interrupted the above.  It must not go on: for
-            # shortage of memory handle() may have dropped received bytes.
+            # The socket is open only if a MemoryError has interrupted the above.  The connection
+            # must not go on: for shortage of memory handle() may have dropped received bytes.
             connection.sock.close()
 
     def _forget(self, fd: int) -> None:
@@ -528,7 +530,8 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         bytes_moved = connection.arrived() + connection.acknowledged()
-        # At the first check connection.bytes_moved is 0, and nobody who waits for bytes is closed.
+        # At the first check connection.bytes_moved is 0.  Undelivered bytes have arrived, so
+        # bytes_moved is more, and nobody who waits for bytes is closed.
         if undelivered and bytes_moved > connection.bytes_moved:
             connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
@@ -648,8 +651,8 @@ class Poller:
     those that it reports, makes a new ``_busy`` of the collection, and empties it.  A descriptor
     that is registered between two full polls enters ``_busy`` at once, too.
 
-    With few descriptors (FEW) each poll is a full one, and so is the next one if a full poll
-    reports most of them.
+    If there are few descriptors (FEW), every poll is a full one.  If a full poll reports more
+    than half of all descriptors, the next poll is a full one, too.
     """
 
     FEW = 100  # descriptors; without this, 10 peers are 7 % slower
@@ -679,19 +682,20 @@ class Poller:
                 poller.unregister(fd)
 
     def poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Wait for events, and return them, each with its descriptor.
+        """Wait for events, ``timeout`` milliseconds at most; returns each with its descriptor.
 
-        It waits ``timeout`` milliseconds, or twice as long at most.  Raises ``OSError`` as
-        poll(2) does.
+        Raises ``OSError`` as poll(2) does.
         """
         if len(self.masks) <= self.FEW:
             return self._wait(self._all, timeout)
         time_left = self._next_full_poll - time.monotonic()
         if time_left > 0:
-            events = self._wait(self._busy, min(int(time_left * 1000), timeout))
+            busy_timeout = min(int(time_left * 1000), timeout)
+            events = self._wait(self._busy, busy_timeout)
             if events:
                 self._recent |= dict(events).keys()
                 return events
+            timeout -= busy_timeout
         # The full poll is due, or no busy descriptor has an event.
         events = self._wait(self._all, timeout)
         self._recent |= dict(events).keys()
@@ -874,7 +878,7 @@ class StderrHandler(logging.Handler):
         # EAGAIN: there is no room; EPIPE, EIO: the reader has gone; ENOSPC: the disk is full.
         with contextlib.suppress(OSError, MemoryError):
             note = f"({self._left_out} lines left out)\n" if self._left_out else ""
-            self._left_out += 1  # it counts as left out until its first byte is written
+            self._left_out += 1  # this line, too, until its first byte is written
             line = f"{note}{record.getMessage()}\n".encode()
             if not self._poller.poll(0):
                 return
