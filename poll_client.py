@@ -94,9 +94,9 @@ class Conversation:
         """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
-            # Standard input is registered first, so it is read before anything is shown.  Ctrl-Z
-            # makes the terminal drop its input: termios(3), NOFLSH.  If that happened during
-            # show(), the input that poll has reported would be gone, and read would block.
+            # Ctrl-Z makes the terminal drop its input: termios(3), NOFLSH.  If that happened during
+            # show(), the input that poll has reported would be gone, and read would block.  So
+            # standard input is registered first, reported first, and read before show().
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
             poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
@@ -226,12 +226,13 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        # True while the server's reply, or the rest of it, is awaited.  A newline, a key or silence
-        # ends the wait, and brings the prompt.  After the end of input silence brings a message.
+        # True while the server's reply, or the rest of it, is awaited.  A newline at its end, a key
+        # or silence ends the wait, and brings the prompt.  After the end of input it is true until
+        # silence brings a message.
         self._awaiting_reply = False
         self._input_ended = False
         # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
-        # Where the terminal edits, all that matters is whether it is empty.
+        # Without readline, all that matters is whether it is empty.
         self._before_prompt = ""
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
@@ -240,16 +241,15 @@ class TerminalSession(LocalSide):
     def _is_prompting(self) -> bool:
         """Whether the last row has the prompt.
 
-        It has none while a reply is awaited, nor after the end of input.  What ends the wait for a
-        reply calls ``_draw_row``.
+        It has none while a reply is awaited, nor after the end of input.
         """
         return not self._awaiting_reply and not self._input_ended
 
     def start(self) -> None:
         for name in FATAL_SIGNALS.split():
-            self._handle(signal.Signals[f"SIG{name}"], self._die)
-        self._handle(signal.SIGTSTP, self._suspend)
-        self._handle(signal.SIGCONT, self._take_terminal)
+            self._set_handler(signal.Signals[f"SIG{name}"], self._die)
+        self._set_handler(signal.SIGTSTP, self._suspend)
+        self._set_handler(signal.SIGCONT, self._take_terminal)
         self._take_terminal()
 
     def poll_timeout(self) -> int | None:
@@ -281,8 +281,8 @@ class TerminalSession(LocalSide):
 
     def release(self) -> None:
         self._leave_terminal()
-        self._handle(signal.SIGTSTP, signal.SIG_DFL)
-        self._handle(signal.SIGCONT, signal.SIG_DFL)
+        self._set_handler(signal.SIGTSTP, signal.SIG_DFL)
+        self._set_handler(signal.SIGCONT, signal.SIG_DFL)
 
     def verdict(self, conversation: Conversation) -> str:
         unexpected = conversation.loss_reason or conversation.reading
@@ -325,7 +325,7 @@ class TerminalSession(LocalSide):
         self._start_new_row()
         self._restore_modes()
 
-    def _handle(self, number: int, handler: Any) -> None:
+    def _set_handler(self, number: int, handler: Any) -> None:
         """Set a signal's handler, unless the signal is ignored, as SIGHUP is by nohup."""
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -368,8 +368,8 @@ class TerminalSession(LocalSide):
         Then the process goes on at once.
         """
         self._leave_for_signal()
-        # The last line takes the terminal, also if the process is not stopped and no SIGCONT comes.
-        # So the handler of SIGCONT must not take it, too.
+        # The call of _take_terminal below is needed if the process is not stopped, as then no
+        # SIGCONT comes.  So the handler of SIGCONT must not call it, too.
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -408,11 +408,11 @@ class ReadlineSession(TerminalSession):
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
         library.rl_callback_handler_install(b"", self._callback)
-        # The marks of a bracketed paste only set readline's mark: pasted keys are like typed ones.
-        # By default readline waits for the end of a paste, and meanwhile the loop would hear
-        # nothing else.
-        for mark in (r"\e[200~", r"\e[201~"):
-            readline.parse_and_bind(f'"{mark}": set-mark')
+        # The keys that a terminal sends before and after a paste do no more than set readline's
+        # mark, so pasted keys are like typed ones.  By default readline waits for the end of a
+        # paste, and meanwhile the loop would hear nothing else.
+        for key in (r"\e[200~", r"\e[201~"):
+            readline.parse_and_bind(f'"{key}": set-mark')
 
     def on_silence(self) -> None:
         if not self._input_ended:
@@ -455,7 +455,8 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._awaiting_reply = True
-        # readline draws this on the new row: the unfinished line, if any.  The prompt comes later.
+        # readline draws this on the new row: the unfinished line, if any, as Enter does not end it.
+        # The prompt comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
