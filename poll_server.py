@@ -530,8 +530,8 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         bytes_moved = connection.arrived() + connection.acknowledged()
-        # At the first check connection.bytes_moved is 0.  Undelivered bytes have arrived, so
-        # bytes_moved is more, and nobody who waits for bytes is closed.
+        # At the first check connection.bytes_moved is 0, and undelivered bytes have arrived.  So
+        # the first check closes nobody who waits for bytes.
         if undelivered and bytes_moved > connection.bytes_moved:
             connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
@@ -651,8 +651,8 @@ class Poller:
     those that it reports, makes a new ``_busy`` of the collection, and empties it.  A descriptor
     that is registered between two full polls enters ``_busy`` at once, too.
 
-    If there are few descriptors (FEW), every poll is a full one.  If a full poll reports more
-    than half of all descriptors, the next poll is a full one, too.
+    If there are few descriptors (FEW), every poll is a full one.  A full poll that reports more
+    than half of all descriptors changes nothing, so the next full poll is due at once.
     """
 
     FEW = 100  # descriptors; without this, 10 peers are 7 % slower
@@ -700,7 +700,6 @@ class Poller:
         events = self._wait(self._all, timeout)
         self._recent |= dict(events).keys()
         if 2 * len(events) > len(self.masks):  # without this, 1,000 busy peers are 5 % slower
-            self._next_full_poll = 0.0
             return events
         self._busy = select.poll()
         for fd in self._recent & self.masks.keys():  # not those that were unregistered

@@ -248,6 +248,22 @@ def test_no_descriptor_waits_longer_than_the_law_and_no_old_mask_is_polled(monke
     assert apart > 1000
 
 
+def test_the_two_polls_of_one_wait_share_its_timeout(monkeypatch):
+    monkeypatch.setattr(Poller, "FEW", 0)
+    monkeypatch.setattr(Poller, "PATIENCE", 1.0)
+    world = World()
+    monkeypatch.setattr(poll_server, "time", world)
+    monkeypatch.setattr(poll_server, "select", world)
+    poller = Poller()
+    for fd in A, B:
+        world.registered[fd] = READ_ONLY
+        poller.register(fd, READ_ONLY)
+    poller.poll(0)  # the next full poll is due after 2 s
+    start = world.now
+    assert poller.poll(500) == []
+    assert 0.5 <= world.now - start < 0.6
+
+
 # Raises MemoryError where a chosen line of a turn runs for the first time, called from a chosen
 # one, with a number of queues: in one run after another for each line that a run without it has
 # met, then for each line that deals with the first MemoryError.  Peers come, send, do not read,
