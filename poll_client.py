@@ -65,9 +65,9 @@ PATIENCE = 300  # milliseconds of silence of the server, after which the prompt 
 REDRAW_PAUSE = 0.01
 # States in which readline shows a prompt of its own: readline.h, ISEARCH|NSEARCH|NUMERICARG.
 READLINE_PROMPT_STATES = 0x580
-# Signals that end a process by default: signal(7).  Left out are SIGKILL, those that
-# Python ignores (SIGPIPE and SIGXFSZ), the real-time and unused signals, and those that report an
-# error in the program (as SIGSEGV does).
+# Signals that end a process by default: signal(7).  Left out are SIGKILL, those that Python ignores
+# (SIGPIPE and SIGXFSZ), the real-time and unused signals, and those that report an error in the
+# program (as SIGSEGV does).
 FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 
 
@@ -239,7 +239,7 @@ class TerminalSession(LocalSide):
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
 
     def _is_prompting(self) -> bool:
-        """Whether the last row has the prompt.
+        """Whether the last row has the prompt, or is to have it.
 
         It has none while a reply is awaited, nor after the end of input.
         """

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import pty
 import re
 import select
 import signal
 import socket
 import statistics
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 import pytest
 from faults import failing_once
 from peers import DEADLINE, FarEnd, read_to_end, receive, reset
-from processes import frozen, state, wait_until
+from processes import CLIENT, frozen, state, wait_until
 from terminals import (
     CTRL_C,
     CTRL_D,
@@ -686,6 +688,25 @@ def test_a_terminal_that_vanishes_ends_it_by_the_signal(talk):
     user, _ = talk()
     os.dup2(os.open(os.devnull, os.O_RDWR), user.person)
     assert user.process.wait(DEADLINE) == -signal.SIGHUP
+
+
+def test_a_terminal_that_vanishes_while_it_connects_is_one_line(far_end):
+    far_end.refuse_silently()
+    person, terminal = pty.openpty()
+    command = [sys.executable, str(CLIENT), "--host", "127.0.0.1", "--port", str(far_end.port)]
+    client = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: connects(client.pid), "the client to connect")
+    os.close(terminal)
+    os.close(person)
+    far_end.listener.settimeout(0.2)
+    while client.poll() is None:
+        with contextlib.suppress(TimeoutError):
+            far_end.accept()
+    _, said = client.communicate()
+    assert said.splitlines()[2:] == ["poll_client: Input/output error"]
+    assert client.returncode == 1
 
 
 @pytest.mark.parametrize("why", ["Ctrl-S", "nobody reads it"])
