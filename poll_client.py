@@ -403,7 +403,7 @@ class ReadlineSession(TerminalSession):
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
         # readline would call these two functions before and after each line, to set the terminal's
         # modes and to restore them, and between two lines the terminal would echo keys.  They are
-        # switched off: _set_modes and _restore_modes do it, for the whole session.
+        # switched off; _set_modes and _restore_modes are called instead, for the whole session.
         ctypes.c_void_p.in_dll(library, "rl_prep_term_function").value = None
         ctypes.c_void_p.in_dll(library, "rl_deprep_term_function").value = None
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._on_line)
@@ -427,8 +427,8 @@ class ReadlineSession(TerminalSession):
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
         if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
-            # The search (or the count) is over.  readline has drawn the prompt that it had before.
-            # Meanwhile the server's text may have changed it.
+            # The search (or the count) is over.  readline has drawn the prompt from before it, and
+            # the server's text may have come since.
             self._redraw()
         if self._lines:
             data = b"".join(self._lines)

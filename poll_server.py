@@ -145,8 +145,8 @@ class Connection:
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
         if self.queue is not None and flags != select.POLLIN:
-            # POLLOUT: send makes the queue shorter.  POLLERR or POLLHUP: send raises the reason.
-            # The next poll repeats a POLLIN that came with them.
+            # POLLOUT: send makes the queue shorter.  POLLERR, POLLHUP or POLLNVAL: send raises the
+            # reason.  The next poll repeats a POLLIN that came with them.
             self._send_chunk(self.queue)
             return 0
         limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
@@ -530,8 +530,8 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         bytes_moved = connection.arrived() + connection.acknowledged()
-        # At the first check connection.bytes_moved is 0, and undelivered bytes have arrived.  So
-        # the first check closes nobody who waits for bytes.
+        # At the first check connection.bytes_moved is 0.  If there are undelivered bytes, the sum
+        # is more than that, so the first check closes nobody who waits for bytes.
         if undelivered and bytes_moved > connection.bytes_moved:
             connection.bytes_moved = bytes_moved
             connection.silent_rounds = 0
@@ -652,7 +652,7 @@ class Poller:
     that is registered between two full polls enters ``_busy`` at once, too.
 
     If there are few descriptors (FEW), every poll is a full one.  A full poll that reports more
-    than half of all descriptors changes nothing, so the next full poll is due at once.
+    than half of all descriptors makes no new ``_busy``, and the next full poll is due at once.
     """
 
     FEW = 100  # descriptors; without this, 10 peers are 7 % slower
@@ -826,7 +826,7 @@ def flag_names(flags: int) -> str:
 def trace(
     connection: Connection, flags: int, data: memoryview, sent_before: int, mask: int
 ) -> None:
-    """Log one event: the bytes in, and how many went out of those that were to be sent."""
+    """Log one event: the bytes that came in, and how many of the unsent ones went out."""
     sent = connection.sent - sent_before
     unsent = connection.unsent()
     log.debug(
