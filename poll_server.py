@@ -652,7 +652,7 @@ class Poller:
     that is registered between two full polls enters ``_busy`` at once, too.
 
     If there are few descriptors (FEW), every poll is a full one.  A full poll that reports more
-    than half of all descriptors makes no new ``_busy``, and the next full poll is due at once.
+    than half of all descriptors makes no new ``_busy``: polls of it would gain nothing.
     """
 
     FEW = 100  # descriptors; without this, 10 peers are 7 % slower
