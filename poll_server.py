@@ -110,7 +110,7 @@ class Connection:
     """
 
     __slots__ = (
-        "bytes_moved",
+        "acknowledged_before",
         "eof_received",
         "peer",
         "queue",
@@ -127,8 +127,8 @@ class Connection:
         self.eof_received = False
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
-        self.silent_rounds = 0  # rounds of housekeeping since the last event or progress
-        self.bytes_moved = 0  # arrived plus acknowledged, as _check_silent found them last
+        self.silent_rounds = 0  # rounds of housekeeping since the last event
+        self.acknowledged_before = 0  # acknowledged(), in the first of these rounds
 
     def mask(self) -> int:
         """The mask, by the first table of the module; 0: the connection is to be closed."""
@@ -156,7 +156,7 @@ class Connection:
             return 0
         self.received += size
         data = buffer[:size]
-        if self.queue is not None:
+        if self.queue is not None:  # it is not full, or the mask would not have POLLIN
             self.queue.put_nowait(bytes(data))
             return size
         try:
@@ -188,17 +188,14 @@ class Connection:
         """Bytes that were received, and that send has not taken."""
         return self.received - self.sent
 
-    def arrived(self) -> int:
-        """Bytes that have arrived from the peer, received by the server or not."""
-        return self.received + self._ask_kernel(termios.FIONREAD)
-
     def acknowledged(self) -> int:
         """Bytes that the peer's kernel has acknowledged."""
         return self.sent - self._ask_kernel(termios.TIOCOUTQ)
 
     def undelivered(self) -> int:
         """Bytes that have arrived from the peer, and that it has not got back."""
-        return self.arrived() - self.acknowledged()
+        arrived = self.received + self._ask_kernel(termios.FIONREAD)
+        return arrived - self.acknowledged()
 
     def _ask_kernel(self, request: int) -> int:
         """A count of bytes; tcp(7) has other names: SIOCINQ for FIONREAD, SIOCOUTQ for TIOCOUTQ."""
@@ -329,12 +326,12 @@ class PollServer:
                 self._close_listeners()
 
     def _turn(self) -> None:
-        """Poll once, act on every event, and do the housekeeping if it is due."""
+        """Poll until housekeeping is due at most, act on every event, and do what is due."""
         try:
             fd_to_socket = self.fd_to_socket
             masks = self._poller.masks
             tracing = log.isEnabledFor(logging.DEBUG)
-            for fd, flags in self._poll():
+            for fd, flags in self._poller.poll(self._next_housekeeping):
                 connection = fd_to_socket.get(fd)
                 if connection is None:
                     self._handle_listener_or_wake_up(fd, flags)
@@ -347,8 +344,11 @@ class PollServer:
                         self._poller.register(fd, mask)
                 except BlockingIOError:
                     continue
-                except (OSError, MemoryError) as error:
+                except OSError as error:
                     self._handle_failure(fd, connection, flags, error)
+                    continue
+                except MemoryError:
+                    self._handle_shortage(fd, connection)
                     continue
                 connection.silent_rounds = 0
                 if tracing:
@@ -359,16 +359,9 @@ class PollServer:
                 self._housekeep()
         except MemoryError:
             self._free_memory()
-
-    def _poll(self) -> list[tuple[int, int]]:
-        """The events, each a descriptor and its flags; none if housekeeping is due first."""
-        wait = max(0.0, self._next_housekeeping - time.monotonic())
-        try:
-            return self._poller.poll(math.ceil(wait * 1000))
         except OSError as error:  # poll(2): ENOMEM, and EINVAL after prlimit(2) lowered a limit
             log.warning("poll: %s; the next try is in %g s", error.strerror, RETRY)
             time.sleep(RETRY)
-            return []
 
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self._listeners.get(fd)
@@ -383,22 +376,26 @@ class PollServer:
             if not self._accept(listener):
                 break
 
-    def _handle_failure(
-        self, fd: int, connection: Connection, flags: int, error: OSError | MemoryError
-    ) -> None:
+    def _handle_failure(self, fd: int, connection: Connection, flags: int, error: OSError) -> None:
         """Close a connection whose receive or send has failed."""
+        if error.errno in (errno.ENOBUFS, errno.ENOMEM):  # it is not the peer's fault
+            self._cut(fd, reason(error))
+            return
+        log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
+        if error.errno in (errno.EBADF, errno.ENOTSOCK):
+            self._forget(fd)
+        else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
+            self._close(fd, reason(error))
+
+    def _handle_shortage(self, fd: int, connection: Connection) -> None:
+        """Cut a connection that may have dropped received bytes for shortage of memory.
+
+        If another ``MemoryError`` interrupts this, the socket is closed at least, so the
+        connection does not go on.
+        """
         try:
-            if isinstance(error, MemoryError) or error.errno in (errno.ENOBUFS, errno.ENOMEM):
-                self._cut(fd, reason(error))  # it is not the peer's fault
-                return
-            log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
-            if error.errno in (errno.EBADF, errno.ENOTSOCK):
-                self._forget(fd)
-            else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
-                self._close(fd, reason(error))
+            self._cut(fd, "out of memory")
         finally:
-            # The socket is open only if a MemoryError has interrupted the above.  The connection
-            # must not go on: for shortage of memory handle() may have dropped received bytes.
             connection.sock.close()
 
     def _forget(self, fd: int) -> None:
@@ -412,8 +409,8 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and
-        the loop does the rest then.
+        If ``MemoryError`` interrupts this when the socket is closed, poll() reports the closed
+        descriptor (POLLNVAL), and the loop does the rest then.
         """
         connection = self.fd_to_socket[fd]
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
@@ -511,29 +508,27 @@ class PollServer:
         if self.stop_requests:
             self._accept_rest()
         for fd, connection in list(self.fd_to_socket.items()):
+            if not connection.silent_rounds:
+                connection.acknowledged_before = connection.acknowledged()
             if connection.silent_rounds < self._max_silent_rounds:
                 connection.silent_rounds += 1
             else:
                 self._check_silent(fd, connection)
 
     def _check_silent(self, fd: int, connection: Connection) -> None:
-        """Close a silent connection, unless its peer waits for bytes and bytes still move.
+        """Close a connection that had no event for long, unless there is a reason to keep it.
 
-        A peer that reads slowly causes no event until a third of the send buffer is free, but its
-        kernel acknowledges bytes.  After a standstill, bytes may have arrived that no poll has
-        reported yet.  In both cases there are undelivered bytes, and the kernel has counted more
-        bytes than at the last check.  Then silence is counted from zero again.
+        After a standstill it may have an event that no poll has reported yet.  A peer that reads
+        slowly causes no event until a third of the send buffer is free, but its kernel
+        acknowledges bytes.  In both cases silence is counted from zero again.
         """
         undelivered = connection.undelivered()
         if self.stop_requests:  # during a drain only the grace ends the wait for undelivered bytes
             if not undelivered:
                 self._close(fd, "server stopped")
             return
-        bytes_moved = connection.arrived() + connection.acknowledged()
-        # At the first check connection.bytes_moved is 0.  If there are undelivered bytes, the sum
-        # is more than that, so the first check closes nobody who waits for bytes.
-        if undelivered and bytes_moved > connection.bytes_moved:
-            connection.bytes_moved = bytes_moved
+        reads_slowly = undelivered and connection.acknowledged() > connection.acknowledged_before
+        if reads_slowly or has_event({fd: connection.mask()}):
             connection.silent_rounds = 0
         else:
             idle_timeout = self._tick * self._max_silent_rounds
@@ -618,18 +613,12 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        if self._accepting_is_paused() and self._backlogs_have_peers():
+        if self._accepting_is_paused() and has_event(dict.fromkeys(self._listeners, READ_ONLY)):
             return
         self._close_listeners()
 
     def _accepting_is_paused(self) -> bool:
         return any(fd not in self._poller.masks for fd in self._listeners)
-
-    def _backlogs_have_peers(self) -> bool:
-        backlogs = select.poll()
-        for fd in self._listeners:
-            backlogs.register(fd, READ_ONLY)
-        return bool(backlogs.poll(0))
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -647,15 +636,11 @@ class Poller:
     time that grows with the number of all of them (PATIENCE).  An idle descriptor that gets an
     event waits for that time, and for the work on the events of one poll, at most.
 
-    ``_recent`` collects the descriptors that have an event or get registered.  A full poll adds
-    those that it reports, makes a new ``_busy`` of the collection, and empties it.  A descriptor
-    that is registered between two full polls enters ``_busy`` at once, too.
-
-    If there are few descriptors (FEW), every poll is a full one.  A full poll that reports more
-    than half of all descriptors makes no new ``_busy``: polls of it would gain nothing.
+    ``_recent`` collects the descriptors that have an event or get registered.  After a full poll
+    a new ``_busy`` is made of it, and it is emptied.
     """
 
-    FEW = 100  # descriptors; without this, 10 peers are 7 % slower
+    FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
     PATIENCE = 2e-6  # seconds for each descriptor, from one full poll to the next
     SPIN = 50e-6  # seconds to poll without waiting: it makes a single fast peer 2.8 times faster
 
@@ -665,7 +650,7 @@ class Poller:
         self._busy = select.poll()
         self._recent: set[int] = set()
         self._next_full_poll = 0.0  # seconds, monotonic
-        self._event_came_soon = False  # whether an event ended the last wait within SPIN
+        self._last_wait_was_short = False  # whether it ended with an event, within SPIN
 
     def register(self, fd: int, mask: int) -> None:
         """Poll a descriptor for these events, instead of those before."""
@@ -681,52 +666,56 @@ class Poller:
             with contextlib.suppress(KeyError):
                 poller.unregister(fd)
 
-    def poll(self, timeout: int) -> list[tuple[int, int]]:
-        """Wait for events, ``timeout`` milliseconds at most; returns each with its descriptor.
+    def poll(self, deadline: float) -> list[tuple[int, int]]:
+        """Wait for events until the deadline, in seconds of time.monotonic().
 
-        Raises ``OSError`` as poll(2) does.
+        Returns each event with its descriptor.  Raises ``OSError`` as poll(2) does.
         """
-        if len(self.masks) <= self.FEW:
-            return self._wait(self._all, timeout)
-        time_left = self._next_full_poll - time.monotonic()
-        if time_left > 0:
-            busy_timeout = min(int(time_left * 1000), timeout)
-            events = self._wait(self._busy, busy_timeout)
+        if time.monotonic() < self._next_full_poll:
+            # A millisecond less, as poll(2) waits for whole milliseconds, rounded up.
+            events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             if events:
                 self._recent |= dict(events).keys()
                 return events
-            timeout -= busy_timeout
-        # The full poll is due, or no busy descriptor has an event.
-        events = self._wait(self._all, timeout)
+        events = self._wait(self._all, deadline)
+        if len(self.masks) - len(events) > self.FEW:
+            self._choose_busy(events)
+        return events
+
+    def _choose_busy(self, events: list[tuple[int, int]]) -> None:
+        """Choose the descriptors to poll alone until the next full poll."""
         self._recent |= dict(events).keys()
-        if 2 * len(events) > len(self.masks):  # without this, 1,000 busy peers are 5 % slower
-            return events
         self._busy = select.poll()
         for fd in self._recent & self.masks.keys():  # not those that were unregistered
             self._busy.register(fd, self.masks[fd])
         self._recent = set()
         self._next_full_poll = time.monotonic() + self.PATIENCE * len(self.masks)
-        return events
 
-    def _wait(self, poller: select.poll, timeout: int) -> list[tuple[int, int]]:
+    def _wait(self, poller: select.poll, deadline: float) -> list[tuple[int, int]]:
         """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
 
-        If an event came soon when it last had to wait, it polls with timeout 0 for a while (SPIN):
-        the next event is likely to come before the process could go to sleep and wake up again.
+        If the last wait was shorter than SPIN, this one is likely to be short, too.  Then it polls
+        with timeout 0 for that time, as to go to sleep and to wake up would take longer.
         """
-        spin_end = time.monotonic()
-        if self._event_came_soon:
-            spin_end += self.SPIN
-        while True:
+        events = poller.poll(0)
+        if events:
+            return events
+        start = time.monotonic()
+        while self._last_wait_was_short and time.monotonic() < start + self.SPIN:
             events = poller.poll(0)
             if events:
                 return events
-            if time.monotonic() >= spin_end:
-                break
-        wait_start = time.monotonic()
-        events = poller.poll(timeout)
-        self._event_came_soon = bool(events) and time.monotonic() < wait_start + self.SPIN
+        events = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        self._last_wait_was_short = bool(events) and time.monotonic() < start + self.SPIN
         return events
+
+
+def has_event(masks: dict[int, int]) -> bool:
+    """Whether a descriptor has an event of its mask now."""
+    poller = select.poll()
+    for fd, mask in masks.items():
+        poller.register(fd, mask)
+    return bool(poller.poll(0))
 
 
 def listen(host: str, port: int, reuse_port: bool) -> list[socket.socket]:
