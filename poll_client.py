@@ -13,8 +13,9 @@ How input is read and how output is shown depends on whether both are terminals,
 Python has GNU readline:
 
     ``Copier``             bytes are copied; the exit status tells whether the echo was exact
-    ``TerminalSession``    a person types lines, and the terminal edits them
     ``ReadlineSession``    a person types lines, and GNU readline edits them
+    ``PlainSession``       a person types lines, and the terminal edits them
+    ``AfterInput``         the person has ended the input; the server may still send
 
 A line that the server has begun and not ended yet is called the unfinished line.
 """
@@ -94,22 +95,21 @@ class Conversation:
         """Copy both ways until the server closes; raises ``OSError`` if the local side fails."""
         while self.receiving:
             poller = select.poll()
-            # Ctrl-Z makes the terminal drop its input: termios(3), NOFLSH.  If that happened during
-            # show(), the input that poll has reported would be gone, and read would block.  So
-            # standard input is registered first, reported first, and read before show().
+            poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
             if self.reading and not self.unsent:
                 poller.register(0, READ_ONLY)
-            poller.register(self.sock, READ_WRITE if self.unsent else READ_ONLY)
-            events = poller.poll(self.local.poll_timeout())
+            events = dict(poller.poll(self.local.poll_timeout()))
             if not events:
                 self.local.on_silence()
-            for fd, flags in events:
-                if fd == 0:
-                    self._read()
-                elif flags & select.POLLOUT:
-                    self._send()
-                else:
-                    self._receive()
+            # Input comes first.  While the server's text is shown, Ctrl-Z may make the terminal
+            # drop the input that poll has reported (termios(3), NOFLSH), and then read would block.
+            if 0 in events:
+                self._read()
+            flags = events.get(self.sock.fileno(), 0)
+            if flags & select.POLLOUT:
+                self._send()
+            elif flags:
+                self._receive()
 
     def _read(self) -> None:
         """Take input and send it; at its end, half-close."""
@@ -118,6 +118,7 @@ class Conversation:
             return
         if not data:
             self.reading = False
+            self.local = self.local.after_input()
             # The server still may send: RFC 9293, section 3.6.
             with contextlib.suppress(OSError):  # ENOTCONN after a reset, which receive reports
                 self.sock.shutdown(socket.SHUT_WR)
@@ -183,8 +184,12 @@ class LocalSide:
         """Show what the server has sent; b"" means that nothing more will come."""
         raise NotImplementedError
 
+    def after_input(self) -> LocalSide:
+        """Called at the end of input; returns what shows the rest."""
+        return self
+
     def release(self) -> None:
-        """Give back what ``start`` took; called at the end, and maybe at the end of input, too."""
+        """Called at the end: give back what ``start`` took."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -216,34 +221,19 @@ class Copier(LocalSide):
 
 
 class TerminalSession(LocalSide):
-    """A person types lines, and the terminal edits them.
-
-    Signals, job control and the time of the prompt are here for ``ReadlineSession``, too.
+    """A person types lines: signals, job control, and the time of the prompt.
 
     The reply comes before the prompt: after Enter, the prompt comes with the first text of the
-    server that ends with a newline, or when the server was silent for a while (PATIENCE).  With
-    readline a key brings it, too.
+    server that ends with a newline, or when the server was silent for a while (PATIENCE).
     """
 
     def __init__(self) -> None:
-        # True while the server's reply, or the rest of it, is awaited.  A newline at its end, a key
-        # or silence ends the wait, and brings the prompt.  After the end of input it is true until
-        # silence brings a message.
-        self._awaiting_reply = False
-        self._input_ended = False
-        # What stands left of the prompt: the unfinished line, or typed text that Ctrl-D has sent.
-        # Without readline, all that matters is whether it is empty.
-        self._before_prompt = ""
+        # False from Enter until the prompt comes again.
+        self._prompting = True
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
-
-    def _is_prompting(self) -> bool:
-        """Whether the last row has the prompt, or is to have it.
-
-        It has none while a reply is awaited, nor after the end of input.
-        """
-        return not self._awaiting_reply and not self._input_ended
+        self._has_terminal = False
 
     def start(self) -> None:
         for name in FATAL_SIGNALS.split():
@@ -253,66 +243,46 @@ class TerminalSession(LocalSide):
         self._take_terminal()
 
     def poll_timeout(self) -> int | None:
-        return PATIENCE if self._awaiting_reply else None
+        return None if self._prompting else PATIENCE
 
     def on_silence(self) -> None:
-        """Show the prompt; after end of input, tell what goes on."""
-        self._awaiting_reply = False
-        if not self._input_ended:
-            self._draw_row()
-            return
-        self._start_new_row()
-        self._before_prompt = ""
-        say("waiting for the server to close; Ctrl-C leaves")
-
-    def read(self) -> bytes | None:
-        data = os.read(0, READ_SIZE)  # one line; its newline is missing if Ctrl-D ended it
-        if not data:
-            self._end_input()
-            return data
-        self._before_prompt = "" if data.endswith(b"\n") else data.decode(errors="replace")
-        self._awaiting_reply = True
-        return data
+        self._prompting = True
+        self._redraw()
 
     def show(self, data: bytes) -> None:
         text = self._decoder.decode(data, final=not data)
         if text:
             self._show_text(text)
 
+    def after_input(self) -> LocalSide:
+        """Give the terminal back: from now on the job may run in the background."""
+        self.release()
+        return AfterInput(self._decoder)
+
     def release(self) -> None:
         self._leave_terminal()
-        self._set_handler(signal.SIGTSTP, signal.SIG_DFL)
-        self._set_handler(signal.SIGCONT, signal.SIG_DFL)
+        for name in f"{FATAL_SIGNALS} TSTP CONT".split():
+            self._set_handler(signal.Signals[f"SIG{name}"], signal.SIG_DFL)
 
     def verdict(self, conversation: Conversation) -> str:
         unexpected = conversation.loss_reason or conversation.reading
         return conversation.how_it_ended() if unexpected else ""
 
     def _show_text(self, text: str) -> None:
-        if self._is_prompting():
-            write("\n")  # the prompt stays, with what is typed
-        write(escape_controls(text))
-        self._before_prompt = text.rpartition("\n")[2]
-        if not self._input_ended:
-            self._awaiting_reply = bool(self._before_prompt)
-            self._draw_row()
-
-    def _end_input(self) -> None:
-        """Give the terminal back: from now on the job may run in the background."""
-        self.release()
-        self._before_prompt = ""
-        self._input_ended = True
-        self._awaiting_reply = True
+        """Show text of the server, and the prompt if it is time for it."""
+        raise NotImplementedError
 
     def _draw_row(self) -> None:
-        """Draw the prompt, if there is to be one; only readline can draw the rest of the row."""
-        if self._is_prompting():
-            write(PROMPT)
+        """Draw the last row, on which the cursor stands: the prompt, if it is time for it."""
+        raise NotImplementedError
+
+    def _redraw(self) -> None:
+        """Draw the last row in place of what has been drawn."""
+        raise NotImplementedError
 
     def _start_new_row(self) -> None:
         """Move the cursor to the start of a row, below what has been drawn."""
-        if self._before_prompt or self._is_prompting():
-            write("\n")
+        raise NotImplementedError
 
     def _set_modes(self) -> None:
         """Set the terminal's modes as needed; here the modes are right as they were found."""
@@ -331,19 +301,18 @@ class TerminalSession(LocalSide):
             signal.signal(number, handler)
 
     def _take_terminal(self, *_: object) -> None:
-        """Prepare the terminal and show the prompt; called at the start and after each stop.
+        """Prepare the terminal and show the prompt; called at the start, and by SIGCONT.
 
         In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
         only to a stopped job, and without SIGCONT nothing would call this again.
         """
         if in_background():
-            # The process stops here.  When ``fg`` continues it, the handler of SIGCONT, which is
-            # this function, takes the terminal before raise_signal returns.
             signal.raise_signal(signal.SIGTTIN)
             return
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
         self._draw_row()
+        self._has_terminal = True
 
     def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
@@ -362,20 +331,56 @@ class TerminalSession(LocalSide):
         signal.raise_signal(number)
 
     def _suspend(self, number: int, _: object) -> None:
-        """Ctrl-Z: stop, as without a handler, and take the terminal when the shell continues it.
-
-        In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
-        Then the process goes on at once.
-        """
+        """Ctrl-Z: stop, as without a handler; SIGCONT takes the terminal again."""
         self._leave_for_signal()
-        # The call of _take_terminal below is needed if the process is not stopped, as then no
-        # SIGCONT comes.  So the handler of SIGCONT must not call it, too.
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        self._has_terminal = False
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         signal.signal(number, self._suspend)
-        signal.signal(signal.SIGCONT, self._take_terminal)
-        self._take_terminal()
+        # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
+        # Then the process was not stopped, and no SIGCONT has come.
+        if not self._has_terminal:
+            self._take_terminal()
+
+
+class PlainSession(TerminalSession):
+    """A person types lines, and the terminal edits them.
+
+    Only the terminal knows what is typed, so it cannot be erased or drawn again.  The server's
+    text is written once, at the cursor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._row_begun = False  # whether text stands left of the prompt, or of the cursor
+
+    def read(self) -> bytes:
+        data = os.read(0, READ_SIZE)  # one line; its newline is missing if Ctrl-D ended it
+        if data:
+            self._row_begun = not data.endswith(b"\n")
+            self._prompting = False
+        return data
+
+    def _show_text(self, text: str) -> None:
+        if self._prompting:
+            write("\n")  # the prompt stays, with what is typed
+        write(escape_controls(text))
+        self._row_begun = not text.endswith("\n")
+        # The prompt would break up an unfinished line, so it waits for the rest, or for silence.
+        self._prompting = not self._row_begun
+        self._draw_row()
+
+    def _draw_row(self) -> None:
+        if self._prompting:
+            write(PROMPT)
+
+    def _redraw(self) -> None:
+        self._draw_row()
+
+    def _start_new_row(self) -> None:
+        if self._row_begun or self._prompting:
+            write("\n")
+            self._row_begun = False
 
 
 class ReadlineSession(TerminalSession):
@@ -398,6 +403,7 @@ class ReadlineSession(TerminalSession):
         self._typed = ctypes.c_char_p.in_dll(library, "rl_line_buffer")
         self._lines: list[bytes] = []  # finished ones, which read() has not returned yet
         self._eof_seen = False
+        self._unfinished_line = ""
         self._size_at_draw = screen_size()  # of the terminal, when the prompt was drawn last
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
@@ -414,15 +420,10 @@ class ReadlineSession(TerminalSession):
         for key in (r"\e[200~", r"\e[201~"):
             readline.parse_and_bind(f'"{key}": set-mark')
 
-    def on_silence(self) -> None:
-        if not self._input_ended:
-            self._erase()  # as _draw_row draws the whole row
-        super().on_silence()
-
     def read(self) -> bytes | None:
         is_resized = self._size_at_draw != screen_size()
-        if self._awaiting_reply or is_resized:
-            self._awaiting_reply = False  # a key brings the prompt
+        if is_resized or not self._prompting:
+            self._prompting = True  # a key brings the prompt
             self._redraw()
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
@@ -434,10 +435,7 @@ class ReadlineSession(TerminalSession):
             data = b"".join(self._lines)
             self._lines.clear()
             return data
-        if self._eof_seen:
-            self._end_input()
-            return b""
-        return None
+        return b"" if self._eof_seen else None
 
     def _on_line(self, line: int | None) -> None:
         """Called by readline with the address of a finished line, or with None at end of input.
@@ -454,41 +452,42 @@ class ReadlineSession(TerminalSession):
         if text:
             self._library.add_history(text)
         self._lines.append(text + b"\n")
-        self._awaiting_reply = True
+        self._prompting = False
         # readline draws this on the new row: the unfinished line, if any, as Enter does not end it.
         # The prompt comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
-        if self._input_ended:
-            super()._show_text(text)
-            return
-        lines, newline, self._before_prompt = (self._before_prompt + text).rpartition("\n")
+        lines, newline, self._unfinished_line = (self._unfinished_line + text).rpartition("\n")
         above = escape_controls(lines + newline)
         _, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
-        if rows_at_most(self._before_prompt) > rows / 2:
-            above += escape_controls(self._before_prompt) + "\n"
-            self._before_prompt = ""
+        if rows_at_most(self._unfinished_line) > rows / 2:
+            above += escape_controls(self._unfinished_line) + "\n"
+            self._unfinished_line = ""
         # Text that ends with a newline brings the prompt; an unfinished line does not.  A prompt
         # that is shown already moves to the right of that line.
         if text.endswith("\n"):
-            self._awaiting_reply = False
-        # readline 8.3 clears the screen before it draws a line that is taller than the screen.
-        # What is written above that line would be lost, so newlines move it into the terminal's
-        # scrollback first.
-        typed = (self._typed.value or b"").decode(errors="replace")
-        if above and rows_at_most(self._before_prompt + PROMPT + typed) >= rows:
-            above += "\n" * rows
+            self._prompting = True
         self._erase()
         write(above)
+        if above and self._fills_screen():
+            # readline 8.3 clears the screen before it draws a line that is taller than the screen.
+            # So many newlines move all that is on the screen into the terminal's scrollback first.
+            write("\n" * rows)
         self._draw_row()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
+    def _fills_screen(self) -> bool:
+        """Whether the last row, with what is typed, may need all rows of the screen."""
+        typed = (self._typed.value or b"").decode(errors="replace")
+        _, rows = screen_size()
+        return rows_at_most(self._unfinished_line + PROMPT + typed) >= rows
+
     def _prompt_text(self) -> bytes:
-        prompt = PROMPT if self._is_prompting() else ""
-        text = escape_controls(self._before_prompt) + prompt
+        prompt = PROMPT if self._prompting else ""
+        text = escape_controls(self._unfinished_line) + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
 
@@ -498,12 +497,12 @@ class ReadlineSession(TerminalSession):
         self._library.fflush(None)  # rl_redisplay() flushes by itself, the call above does not
 
     def _redraw(self) -> None:
-        """Erase and draw; after a resize of the window, erase by the old size, draw by the new."""
+        # After a resize of the window, the old size tells what to erase.
         self._erase()
         self._draw_row()
 
     def _draw_row(self) -> None:
-        """Draw the unfinished line, the prompt if there is to be one, and the typed text."""
+        """Draw the unfinished line, the prompt if it is time for it, and the typed text."""
         self._library.rl_reset_screen_size()  # the window may have been resized
         self._size_at_draw = screen_size()
         self._library.rl_set_prompt(self._prompt_text())
@@ -511,11 +510,10 @@ class ReadlineSession(TerminalSession):
         self._library.rl_redisplay()
 
     def _start_new_row(self) -> None:
-        """Move the cursor behind the typed text first."""
-        if not self._input_ended:
-            self._library.rl_end_of_line(1, 0)
-            self._library.rl_redisplay()
-        super()._start_new_row()
+        self._library.rl_end_of_line(1, 0)  # the cursor may be anywhere in the typed text
+        self._library.rl_redisplay()
+        if self._unfinished_line or self._prompting:
+            write("\n")
 
     def _set_modes(self) -> None:
         # After SIGSTOP readline believes that the terminal is still prepared, and would do
@@ -525,6 +523,38 @@ class ReadlineSession(TerminalSession):
 
     def _restore_modes(self) -> None:
         self._library.rl_deprep_terminal()
+
+
+class AfterInput(LocalSide):
+    """Shows what the server still sends after the person has ended the input.
+
+    The terminal is given back, and there is no prompt.
+    """
+
+    def __init__(self, decoder: io.IncrementalNewlineDecoder) -> None:
+        self._decoder = decoder
+        self._message_due = True  # when the server is silent, a message tells what goes on
+        self._row_begun = False
+
+    def poll_timeout(self) -> int | None:
+        return PATIENCE if self._message_due else None
+
+    def on_silence(self) -> None:
+        self._message_due = False
+        self.release()
+        say("waiting for the server to close; Ctrl-C leaves")
+
+    def show(self, data: bytes) -> None:
+        text = self._decoder.decode(data, final=not data)
+        if text:
+            write(escape_controls(text))
+            self._row_begun = not text.endswith("\n")
+
+    def release(self) -> None:
+        """End the row, so that the message that follows stands on its own."""
+        if self._row_begun:
+            write("\n")
+            self._row_begun = False
 
 
 def load_readline() -> Any:
@@ -694,13 +724,13 @@ def converse(options: argparse.Namespace) -> str:
         if interactive:
             say(f"connected to {format_address(peer)}; Ctrl-D ends the input, Ctrl-C the program")
             library = load_readline()
-            local = ReadlineSession(library) if library else TerminalSession()
+            local = ReadlineSession(library) if library else PlainSession()
         conversation = Conversation(sock, local)
         try:
             local.start()
             conversation.run()
         finally:
-            local.release()
+            conversation.local.release()  # it is another one after the end of input
         if options.verbose:
             took = time.monotonic() - started
             rate = conversation.received / took / 1e6

@@ -620,6 +620,22 @@ def test_after_ctrl_d_the_message_that_it_waits_has_a_row_of_its_own(talk, env):
     wait_until(lambda: {"begun", WAITING} <= {*user.rows()}, "both on rows of their own")
     peer.close()
     user.ends(0)
+    rows = user.rows()
+    assert "" not in rows[rows.index("begun") :][:2], rows
+
+
+@pytest.mark.parametrize("env", [{}, DUMB], ids=["", "dumb"])
+def test_after_ctrl_d_what_comes_has_nothing_that_a_terminal_obeys(talk, env):
+    user, peer = talk(env=env)
+    peer.sendall("half a character: ü\n".encode()[:-2])
+    wait_until(lambda: prompt(after="half a character: ") in user.rows(), "the prompt")
+    user.type(CTRL_D)
+    assert read_to_end(peer) == b""
+    peer.sendall("ü\n\x1b[2J\n".encode()[1:])
+    wait_until(lambda: r"\x1b[2J" in user.rows(), "escaped")
+    assert "ü" in user.rows(), user.rows()
+    peer.close()
+    user.ends(0)
 
 
 def test_ctrl_d_says_nothing_where_the_server_closes_soon(talk):
