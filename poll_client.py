@@ -17,7 +17,8 @@ Python has GNU readline:
     ``PlainSession``       a person types lines, and the terminal edits them
     ``AfterInput``         the person has ended the input; the server may still send
 
-A line that the server has begun and not ended yet is called the unfinished line.
+A line that the server has begun and not ended yet is called the unfinished line.  The input line
+is the last one at the terminal: the unfinished line, the prompt, and what is typed.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ FATAL_SIGNALS = "HUP INT QUIT USR1 USR2 ALRM TERM XCPU VTALRM PROF IO PWR"
 class Conversation:
     """The connection, the loop, and counts and checksums of the bytes.
 
-    ``local`` is where the input comes from and where the output goes.
+    ``local`` is where the input comes from and where the output goes.  At the end of input
+    another one may take its place.
     """
 
     def __init__(self, sock: socket.socket, local: LocalSide) -> None:
@@ -247,7 +249,7 @@ class TerminalSession(LocalSide):
 
     def on_silence(self) -> None:
         self._prompting = True
-        self._redraw()
+        self._redraw_input_line()
 
     def show(self, data: bytes) -> None:
         text = self._decoder.decode(data, final=not data)
@@ -272,16 +274,16 @@ class TerminalSession(LocalSide):
         """Show text of the server, and the prompt if it is time for it."""
         raise NotImplementedError
 
-    def _draw_row(self) -> None:
-        """Draw the last row, on which the cursor stands: the prompt, if it is time for it."""
+    def _draw_input_line(self) -> None:
+        """Draw the input line, with the prompt if it is time for it."""
         raise NotImplementedError
 
-    def _redraw(self) -> None:
-        """Draw the last row in place of what has been drawn."""
+    def _redraw_input_line(self) -> None:
+        """Draw the input line in place of what has been drawn of it."""
         raise NotImplementedError
 
     def _start_new_row(self) -> None:
-        """Move the cursor to the start of a row, below what has been drawn."""
+        """Move the cursor to the start of a row, below the input line."""
         raise NotImplementedError
 
     def _set_modes(self) -> None:
@@ -307,11 +309,11 @@ class TerminalSession(LocalSide):
         only to a stopped job, and without SIGCONT nothing would call this again.
         """
         if in_background():
-            signal.raise_signal(signal.SIGTTIN)
+            signal.raise_signal(signal.SIGTTIN)  # it stops here, until SIGCONT calls this again
             return
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
-        self._draw_row()
+        self._draw_input_line()
         self._has_terminal = True
 
     def _leave_for_signal(self) -> None:
@@ -352,7 +354,9 @@ class PlainSession(TerminalSession):
 
     def __init__(self) -> None:
         super().__init__()
-        self._row_begun = False  # whether text stands left of the prompt, or of the cursor
+        # Whether the input line begins with text: an unfinished line, or typed text that Ctrl-D has
+        # sent.
+        self._row_begun = False
 
     def read(self) -> bytes:
         data = os.read(0, READ_SIZE)  # one line; its newline is missing if Ctrl-D ended it
@@ -368,14 +372,14 @@ class PlainSession(TerminalSession):
         self._row_begun = not text.endswith("\n")
         # The prompt would break up an unfinished line, so it waits for the rest, or for silence.
         self._prompting = not self._row_begun
-        self._draw_row()
+        self._draw_input_line()
 
-    def _draw_row(self) -> None:
+    def _draw_input_line(self) -> None:
         if self._prompting:
             write(PROMPT)
 
-    def _redraw(self) -> None:
-        self._draw_row()
+    def _redraw_input_line(self) -> None:
+        self._draw_input_line()
 
     def _start_new_row(self) -> None:
         if self._row_begun or self._prompting:
@@ -424,13 +428,13 @@ class ReadlineSession(TerminalSession):
         is_resized = self._size_at_draw != screen_size()
         if is_resized or not self._prompting:
             self._prompting = True  # a key brings the prompt
-            self._redraw()
+            self._redraw_input_line()
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
         if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
             # The search (or the count) is over.  readline has drawn the prompt from before it, and
             # the server's text may have come since.
-            self._redraw()
+            self._redraw_input_line()
         if self._lines:
             data = b"".join(self._lines)
             self._lines.clear()
@@ -472,15 +476,15 @@ class ReadlineSession(TerminalSession):
             self._prompting = True
         self._erase()
         write(above)
-        if above and self._fills_screen():
+        if above and self._may_fill_screen():
             # readline 8.3 clears the screen before it draws a line that is taller than the screen.
-            # So many newlines move all that is on the screen into the terminal's scrollback first.
+            # The text above would be lost, so newlines move it into the terminal's scrollback.
             write("\n" * rows)
-        self._draw_row()
+        self._draw_input_line()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
-    def _fills_screen(self) -> bool:
-        """Whether the last row, with what is typed, may need all rows of the screen."""
+    def _may_fill_screen(self) -> bool:
+        """Whether the input line may need all rows of the screen."""
         typed = (self._typed.value or b"").decode(errors="replace")
         _, rows = screen_size()
         return rows_at_most(self._unfinished_line + PROMPT + typed) >= rows
@@ -496,13 +500,13 @@ class ReadlineSession(TerminalSession):
         self._library.rl_clear_visible_line()
         self._library.fflush(None)  # rl_redisplay() flushes by itself, the call above does not
 
-    def _redraw(self) -> None:
-        # After a resize of the window, the old size tells what to erase.
+    def _redraw_input_line(self) -> None:
+        # readline erases by the size at which it has drawn.  The new size, if the window was
+        # resized, is for what is drawn now.
         self._erase()
-        self._draw_row()
+        self._draw_input_line()
 
-    def _draw_row(self) -> None:
-        """Draw the unfinished line, the prompt if it is time for it, and the typed text."""
+    def _draw_input_line(self) -> None:
         self._library.rl_reset_screen_size()  # the window may have been resized
         self._size_at_draw = screen_size()
         self._library.rl_set_prompt(self._prompt_text())
@@ -541,7 +545,7 @@ class AfterInput(LocalSide):
 
     def on_silence(self) -> None:
         self._message_due = False
-        self.release()
+        self._end_row()
         say("waiting for the server to close; Ctrl-C leaves")
 
     def show(self, data: bytes) -> None:
@@ -551,7 +555,13 @@ class AfterInput(LocalSide):
             self._row_begun = not text.endswith("\n")
 
     def release(self) -> None:
-        """End the row, so that the message that follows stands on its own."""
+        self._end_row()
+
+    def verdict(self, conversation: Conversation) -> str:
+        return conversation.how_it_ended() if conversation.loss_reason else ""
+
+    def _end_row(self) -> None:
+        """Move the cursor to the start of a row: a message follows."""
         if self._row_begun:
             write("\n")
             self._row_begun = False
@@ -727,16 +737,16 @@ def converse(options: argparse.Namespace) -> str:
             local = ReadlineSession(library) if library else PlainSession()
         conversation = Conversation(sock, local)
         try:
-            local.start()
+            conversation.local.start()
             conversation.run()
         finally:
-            conversation.local.release()  # it is another one after the end of input
+            conversation.local.release()
         if options.verbose:
             took = time.monotonic() - started
             rate = conversation.received / took / 1e6
             summary = f"{conversation.input_size} bytes read, {conversation.received} came back"
             say(f"{summary} in {took:.3f} s, {rate:.1f} MB/s")
-    return local.verdict(conversation)
+    return conversation.local.verdict(conversation)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -227,8 +227,8 @@ class PollServer:
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel.  A stop serves the waiting ones, too.  None: there is no limit.
     idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed at this
-        time or up to a second later.  One that does not take its bytes is closed within twice this
-        time and two seconds.  None: no peer is closed for its silence.
+        time or up to a second later.  One that waits for bytes is kept as long as its kernel
+        acknowledges some of them within this time.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
@@ -585,7 +585,7 @@ class PollServer:
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # those before ask for the drain; only a later one cuts it short
+        self.stop_requests = 1  # the requests before ask for the drain; a later one cuts it short
         self._max_connections = math.inf
         self._max_silent_rounds = DRAIN_ROUNDS
         self._tick = DRAIN_TICK
@@ -607,18 +607,17 @@ class PollServer:
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        If accepting is paused and a backlog has peers, the listeners stay open for the next round.
+        If a shortage pauses accepting before that, the listeners stay open for the next round.
         """
         for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        if self._accepting_is_paused() and has_event(dict.fromkeys(self._listeners, READ_ONLY)):
+        paused = any(fd not in self._poller.masks for fd in self._listeners)
+        # If accepting is not paused, the peers in the backlogs have come later.
+        if paused and has_event(dict.fromkeys(self._listeners, READ_ONLY)):
             return
         self._close_listeners()
-
-    def _accepting_is_paused(self) -> bool:
-        return any(fd not in self._poller.masks for fd in self._listeners)
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -650,7 +649,7 @@ class Poller:
         self._busy = select.poll()
         self._recent: set[int] = set()
         self._next_full_poll = 0.0  # seconds, monotonic
-        self._last_wait_was_short = False  # whether it ended with an event, within SPIN
+        self._spinning = False  # whether to spin before the next wait
 
     def register(self, fd: int, mask: int) -> None:
         """Poll a descriptor for these events, instead of those before."""
@@ -672,11 +671,13 @@ class Poller:
         Returns each event with its descriptor.  Raises ``OSError`` as poll(2) does.
         """
         if time.monotonic() < self._next_full_poll:
-            # A millisecond less, as poll(2) waits for whole milliseconds, rounded up.
+            # poll(2) rounds a wait up to whole milliseconds, so this one is to end a millisecond
+            # before the full poll is due.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             if events:
                 self._recent |= dict(events).keys()
                 return events
+        # The full poll is due, or none of the busy descriptors has had an event until then.
         events = self._wait(self._all, deadline)
         if len(self.masks) - len(events) > self.FEW:
             self._choose_busy(events)
@@ -694,19 +695,19 @@ class Poller:
     def _wait(self, poller: select.poll, deadline: float) -> list[tuple[int, int]]:
         """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
 
-        If the last wait was shorter than SPIN, this one is likely to be short, too.  Then it polls
-        with timeout 0 for that time, as to go to sleep and to wake up would take longer.
+        If an event ended the last wait within SPIN, it polls with timeout 0 for that time: to go
+        to sleep and to wake up again would take longer.
         """
         events = poller.poll(0)
         if events:
             return events
-        start = time.monotonic()
-        while self._last_wait_was_short and time.monotonic() < start + self.SPIN:
+        spin_end = time.monotonic() + self.SPIN
+        while self._spinning and time.monotonic() < spin_end:
             events = poller.poll(0)
             if events:
                 return events
         events = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        self._last_wait_was_short = bool(events) and time.monotonic() < start + self.SPIN
+        self._spinning = bool(events) and time.monotonic() < spin_end
         return events
 
 
@@ -840,8 +841,8 @@ class StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._fd = self._open()
-        self._poller = select.poll()
-        self._poller.register(self._fd, select.POLLOUT)
+        self._writable = select.poll()
+        self._writable.register(self._fd, select.POLLOUT)
         self._unwritten = b""  # the end of a line that was written in part; it goes first
         self._left_out = 0  # lines
 
@@ -863,20 +864,25 @@ class StderrHandler(logging.Handler):
         return 2
 
     def emit(self, record: logging.LogRecord) -> None:
+        begun = False
         # EAGAIN: there is no room; EPIPE, EIO: the reader has gone; ENOSPC: the disk is full.
         with contextlib.suppress(OSError, MemoryError):
             note = f"({self._left_out} lines left out)\n" if self._left_out else ""
-            self._left_out += 1  # this line, too, until its first byte is written
-            line = f"{note}{record.getMessage()}\n".encode()
-            if not self._poller.poll(0):
-                return
-            data = self._unwritten + line
-            written = os.write(self._fd, data)
-            if written > len(self._unwritten):  # the line has begun, so its end must follow
-                self._unwritten = data[written:]
-                self._left_out = 0
-            else:
-                self._unwritten = self._unwritten[written:]
+            begun = self._write(f"{note}{record.getMessage()}\n".encode())
+        self._left_out = 0 if begun else self._left_out + 1
+
+    def _write(self, line: bytes) -> bool:
+        """Write the unwritten end of an earlier line, then this line; returns whether it has begun.
+
+        If it has begun, its own end must follow.
+        """
+        if not self._writable.poll(0):
+            return False
+        data = self._unwritten + line
+        written = os.write(self._fd, data)
+        begun = written > len(self._unwritten)
+        self._unwritten = data[written:] if begun else self._unwritten[written:]
+        return begun
 
 
 def port_number(text: str) -> int:
