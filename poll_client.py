@@ -6,7 +6,7 @@ depend on the unsent bytes: those read from standard input that send has not tak
 
     unsent bytes              mask of the socket    mask of standard input
     none                      READ_ONLY             READ_ONLY
-    none, and end of input    READ_ONLY             not registered
+    none, and no more input   READ_ONLY             not registered
     some                      READ_WRITE            not registered: the next input waits
 
 How input is read and how output is shown depends on whether both are terminals, and whether
@@ -103,8 +103,9 @@ class Conversation:
             events = dict(poller.poll(self.local.poll_timeout()))
             if not events:
                 self.local.on_silence()
-            # Input comes first.  While the server's text is shown, Ctrl-Z may make the terminal
-            # drop the input that poll has reported (termios(3), NOFLSH), and then read would block.
+            # Input is read before the server's text is shown.  If Ctrl-Z came in between, the
+            # terminal would drop the input that poll has reported (termios(3), NOFLSH), and read
+            # would block.
             if 0 in events:
                 self._read()
             flags = events.get(self.sock.fileno(), 0)
@@ -191,7 +192,7 @@ class LocalSide:
         return self
 
     def release(self) -> None:
-        """Called at the end: give back what ``start`` took."""
+        """Give back what ``start`` took."""
 
     def verdict(self, conversation: Conversation) -> str:
         """What went wrong, as a line for the user; an empty one if nothing did."""
@@ -230,8 +231,7 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        # False from Enter until the prompt comes again.
-        self._prompting = True
+        self._prompting = True  # whether the input line has the prompt, when it is drawn
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
@@ -267,8 +267,7 @@ class TerminalSession(LocalSide):
             self._set_handler(signal.Signals[f"SIG{name}"], signal.SIG_DFL)
 
     def verdict(self, conversation: Conversation) -> str:
-        unexpected = conversation.loss_reason or conversation.reading
-        return conversation.how_it_ended() if unexpected else ""
+        return conversation.how_it_ended()  # too early: the input has not ended
 
     def _show_text(self, text: str) -> None:
         """Show text of the server, and the prompt if it is time for it."""
@@ -309,7 +308,8 @@ class TerminalSession(LocalSide):
         only to a stopped job, and without SIGCONT nothing would call this again.
         """
         if in_background():
-            signal.raise_signal(signal.SIGTTIN)  # it stops here, until SIGCONT calls this again
+            # The process stops in this call.  The handler of SIGCONT, this method, does the rest.
+            signal.raise_signal(signal.SIGTTIN)
             return
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
@@ -356,12 +356,12 @@ class PlainSession(TerminalSession):
         super().__init__()
         # Whether the input line begins with text: an unfinished line, or typed text that Ctrl-D has
         # sent.
-        self._row_begun = False
+        self._unfinished = False
 
     def read(self) -> bytes:
         data = os.read(0, READ_SIZE)  # one line; its newline is missing if Ctrl-D ended it
         if data:
-            self._row_begun = not data.endswith(b"\n")
+            self._unfinished = not data.endswith(b"\n")
             self._prompting = False
         return data
 
@@ -369,9 +369,9 @@ class PlainSession(TerminalSession):
         if self._prompting:
             write("\n")  # the prompt stays, with what is typed
         write(escape_controls(text))
-        self._row_begun = not text.endswith("\n")
+        self._unfinished = not text.endswith("\n")
         # The prompt would break up an unfinished line, so it waits for the rest, or for silence.
-        self._prompting = not self._row_begun
+        self._prompting = not self._unfinished
         self._draw_input_line()
 
     def _draw_input_line(self) -> None:
@@ -379,12 +379,12 @@ class PlainSession(TerminalSession):
             write(PROMPT)
 
     def _redraw_input_line(self) -> None:
-        self._draw_input_line()
+        self._draw_input_line()  # nothing can be erased
 
     def _start_new_row(self) -> None:
-        if self._row_begun or self._prompting:
+        if self._unfinished or self._prompting:
             write("\n")
-            self._row_begun = False
+            self._unfinished = False
 
 
 class ReadlineSession(TerminalSession):
@@ -432,8 +432,8 @@ class ReadlineSession(TerminalSession):
         had_own_prompt = self._state.value & READLINE_PROMPT_STATES
         self._library.rl_callback_read_char()
         if had_own_prompt and not self._state.value & READLINE_PROMPT_STATES:
-            # The search (or the count) is over.  readline has drawn the prompt from before it, and
-            # the server's text may have come since.
+            # The search (or the count) is over.  readline has drawn the prompt that it had before
+            # the search, and the server's text may have come since.
             self._redraw_input_line()
         if self._lines:
             data = b"".join(self._lines)
@@ -457,8 +457,8 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._prompting = False
-        # readline draws this on the new row: the unfinished line, if any, as Enter does not end it.
-        # The prompt comes later.
+        # readline draws this on the new row.  Enter does not end an unfinished line, so that line
+        # is drawn; the prompt comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -538,7 +538,7 @@ class AfterInput(LocalSide):
     def __init__(self, decoder: io.IncrementalNewlineDecoder) -> None:
         self._decoder = decoder
         self._message_due = True  # when the server is silent, a message tells what goes on
-        self._row_begun = False
+        self._unfinished = False
 
     def poll_timeout(self) -> int | None:
         return PATIENCE if self._message_due else None
@@ -552,7 +552,7 @@ class AfterInput(LocalSide):
         text = self._decoder.decode(data, final=not data)
         if text:
             write(escape_controls(text))
-            self._row_begun = not text.endswith("\n")
+            self._unfinished = not text.endswith("\n")
 
     def release(self) -> None:
         self._end_row()
@@ -562,9 +562,9 @@ class AfterInput(LocalSide):
 
     def _end_row(self) -> None:
         """Move the cursor to the start of a row: a message follows."""
-        if self._row_begun:
+        if self._unfinished:
             write("\n")
-            self._row_begun = False
+            self._unfinished = False
 
 
 def load_readline() -> Any:

@@ -128,7 +128,7 @@ class Connection:
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
         self.silent_rounds = 0  # rounds of housekeeping since the last event
-        self.acknowledged_before = 0  # acknowledged(), in the first of these rounds
+        self.acknowledged_before = 0  # acknowledged(), in the first round after the last event
 
     def mask(self) -> int:
         """The mask, by the first table of the module; 0: the connection is to be closed."""
@@ -301,8 +301,8 @@ class PollServer:
         first = next(iter(self._listeners.values()))
         self.server_address: tuple[str, int] = first.getsockname()[:2]
         # The self-pipe trick: a byte written to one end makes the other end readable.  That ends
-        # the poll() of now, or the next one.  It is needed once: during a drain the loop looks at
-        # stop_requests every DRAIN_TICK.
+        # the poll() that is waiting, or the next one.  It is needed once: during a drain the loop
+        # looks at stop_requests every DRAIN_TICK.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
         self._poller.register(self._wake_reader.fileno(), READ_ONLY)
@@ -508,7 +508,7 @@ class PollServer:
         if self.stop_requests:
             self._accept_rest()
         for fd, connection in list(self.fd_to_socket.items()):
-            if not connection.silent_rounds:
+            if connection.silent_rounds == 0:
                 connection.acknowledged_before = connection.acknowledged()
             if connection.silent_rounds < self._max_silent_rounds:
                 connection.silent_rounds += 1
@@ -614,10 +614,9 @@ class PollServer:
                 if not self._accept(listener):
                     break
         paused = any(fd not in self._poller.masks for fd in self._listeners)
-        # If accepting is not paused, the peers in the backlogs have come later.
-        if paused and has_event(dict.fromkeys(self._listeners, READ_ONLY)):
-            return
-        self._close_listeners()
+        peers_left = paused and has_event(dict.fromkeys(self._listeners, READ_ONLY))
+        if not peers_left:
+            self._close_listeners()
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -636,7 +635,7 @@ class Poller:
     event waits for that time, and for the work on the events of one poll, at most.
 
     ``_recent`` collects the descriptors that have an event or get registered.  After a full poll
-    a new ``_busy`` is made of it, and it is emptied.
+    with more than FEW idle descriptors, these become the busy ones, and the collection begins anew.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -649,7 +648,7 @@ class Poller:
         self._busy = select.poll()
         self._recent: set[int] = set()
         self._next_full_poll = 0.0  # seconds, monotonic
-        self._spinning = False  # whether to spin before the next wait
+        self._last_wait_was_short = False  # whether an event ended it within SPIN
 
     def register(self, fd: int, mask: int) -> None:
         """Poll a descriptor for these events, instead of those before."""
@@ -695,19 +694,20 @@ class Poller:
     def _wait(self, poller: select.poll, deadline: float) -> list[tuple[int, int]]:
         """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
 
-        If an event ended the last wait within SPIN, it polls with timeout 0 for that time: to go
-        to sleep and to wake up again would take longer.
+        If the last wait was shorter than SPIN, it polls with timeout 0 for that time: to go to
+        sleep and to wake up again would take longer.
         """
         events = poller.poll(0)
+        if self._last_wait_was_short and not events:
+            spin_end = time.monotonic() + self.SPIN
+            while not events and time.monotonic() < spin_end:
+                events = poller.poll(0)
         if events:
             return events
-        spin_end = time.monotonic() + self.SPIN
-        while self._spinning and time.monotonic() < spin_end:
-            events = poller.poll(0)
-            if events:
-                return events
-        events = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        self._spinning = bool(events) and time.monotonic() < spin_end
+        wait_start = time.monotonic()
+        events = poller.poll(max(0.0, deadline - wait_start) * 1000)
+        wait_end = time.monotonic()
+        self._last_wait_was_short = bool(events) and wait_end - wait_start < self.SPIN
         return events
 
 
@@ -872,17 +872,21 @@ class StderrHandler(logging.Handler):
         self._left_out = 0 if begun else self._left_out + 1
 
     def _write(self, line: bytes) -> bool:
-        """Write the unwritten end of an earlier line, then this line; returns whether it has begun.
-
-        If it has begun, its own end must follow.
-        """
-        if not self._writable.poll(0):
+        """Write the rest of an earlier line, then this line; returns whether this one has begun."""
+        self._unwritten = self._write_part(self._unwritten)
+        if self._unwritten:
             return False
-        data = self._unwritten + line
-        written = os.write(self._fd, data)
-        begun = written > len(self._unwritten)
-        self._unwritten = data[written:] if begun else self._unwritten[written:]
+        rest = self._write_part(line)
+        begun = len(rest) < len(line)
+        if begun:
+            self._unwritten = rest
         return begun
+
+    def _write_part(self, data: bytes) -> bytes:
+        """Write the bytes for which there is room; returns the others."""
+        if not data or not self._writable.poll(0):
+            return data
+        return data[os.write(self._fd, data) :]
 
 
 def port_number(text: str) -> int:
