@@ -110,7 +110,7 @@ class Conversation:
                 self._read()
             flags = events.get(self.sock.fileno(), 0)
             if flags & select.POLLOUT:
-                self._send()
+                self._send()  # the next poll reports again what there is to receive
             elif flags:
                 self._receive()
 
@@ -227,7 +227,8 @@ class TerminalSession(LocalSide):
     """A person types lines: signals, job control, and the time of the prompt.
 
     The reply comes before the prompt: after Enter, the prompt comes with the first text of the
-    server that ends with a newline, or when the server was silent for a while (PATIENCE).
+    server that ends with a newline, or when the server was silent for a while (PATIENCE).  With
+    readline a key brings it, too.
     """
 
     def __init__(self) -> None:
@@ -235,13 +236,12 @@ class TerminalSession(LocalSide):
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
-        self._has_terminal = False
+        self._has_terminal = False  # not yet, and not from Ctrl-Z until SIGCONT
 
     def start(self) -> None:
-        for name in FATAL_SIGNALS.split():
-            self._set_handler(signal.Signals[f"SIG{name}"], self._die)
-        self._set_handler(signal.SIGTSTP, self._suspend)
-        self._set_handler(signal.SIGCONT, self._take_terminal)
+        self._set_handler(FATAL_SIGNALS, self._die)
+        self._set_handler("TSTP", self._suspend)
+        self._set_handler("CONT", self._take_terminal)
         self._take_terminal()
 
     def poll_timeout(self) -> int | None:
@@ -262,12 +262,13 @@ class TerminalSession(LocalSide):
         return AfterInput(self._decoder)
 
     def release(self) -> None:
+        self._set_handler("TSTP CONT", signal.SIG_DFL)
         self._leave_terminal()
-        for name in f"{FATAL_SIGNALS} TSTP CONT".split():
-            self._set_handler(signal.Signals[f"SIG{name}"], signal.SIG_DFL)
+        self._set_handler(FATAL_SIGNALS, signal.SIG_DFL)
 
     def verdict(self, conversation: Conversation) -> str:
-        return conversation.how_it_ended()  # too early: the input has not ended
+        # At the end of input AfterInput takes over.  So this is an end before that.
+        return conversation.how_it_ended()
 
     def _show_text(self, text: str) -> None:
         """Show text of the server, and the prompt if it is time for it."""
@@ -296,10 +297,12 @@ class TerminalSession(LocalSide):
         self._start_new_row()
         self._restore_modes()
 
-    def _set_handler(self, number: int, handler: Any) -> None:
-        """Set a signal's handler, unless the signal is ignored, as SIGHUP is by nohup."""
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+    def _set_handler(self, names: str, handler: Any) -> None:
+        """Set the handler of some signals, except those that are ignored, as SIGHUP by nohup."""
+        for name in names.split():
+            number = signal.Signals[f"SIG{name}"]
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
 
     def _take_terminal(self, *_: object) -> None:
         """Prepare the terminal and show the prompt; called at the start, and by SIGCONT.
@@ -337,7 +340,7 @@ class TerminalSession(LocalSide):
         self._leave_for_signal()
         self._has_terminal = False
         signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
+        signal.raise_signal(number)  # it stops here; then the handler of SIGCONT runs first
         signal.signal(number, self._suspend)
         # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
         # Then the process was not stopped, and no SIGCONT has come.
@@ -354,14 +357,14 @@ class PlainSession(TerminalSession):
 
     def __init__(self) -> None:
         super().__init__()
-        # Whether the input line begins with text: an unfinished line, or typed text that Ctrl-D has
-        # sent.
-        self._unfinished = False
+        # Whether text stands left of the prompt, or of where it will be: an unfinished line, or
+        # typed text that Ctrl-D has sent.
+        self._row_has_text = False
 
     def read(self) -> bytes:
         data = os.read(0, READ_SIZE)  # one line; its newline is missing if Ctrl-D ended it
         if data:
-            self._unfinished = not data.endswith(b"\n")
+            self._row_has_text = not data.endswith(b"\n")
             self._prompting = False
         return data
 
@@ -369,9 +372,9 @@ class PlainSession(TerminalSession):
         if self._prompting:
             write("\n")  # the prompt stays, with what is typed
         write(escape_controls(text))
-        self._unfinished = not text.endswith("\n")
+        self._row_has_text = not text.endswith("\n")
         # The prompt would break up an unfinished line, so it waits for the rest, or for silence.
-        self._prompting = not self._unfinished
+        self._prompting = not self._row_has_text
         self._draw_input_line()
 
     def _draw_input_line(self) -> None:
@@ -382,9 +385,9 @@ class PlainSession(TerminalSession):
         self._draw_input_line()  # nothing can be erased
 
     def _start_new_row(self) -> None:
-        if self._unfinished or self._prompting:
+        if self._row_has_text or self._prompting:
             write("\n")
-            self._unfinished = False
+            self._row_has_text = False
 
 
 class ReadlineSession(TerminalSession):
@@ -538,7 +541,7 @@ class AfterInput(LocalSide):
     def __init__(self, decoder: io.IncrementalNewlineDecoder) -> None:
         self._decoder = decoder
         self._message_due = True  # when the server is silent, a message tells what goes on
-        self._unfinished = False
+        self._row_has_text = False
 
     def poll_timeout(self) -> int | None:
         return PATIENCE if self._message_due else None
@@ -552,7 +555,7 @@ class AfterInput(LocalSide):
         text = self._decoder.decode(data, final=not data)
         if text:
             write(escape_controls(text))
-            self._unfinished = not text.endswith("\n")
+            self._row_has_text = not text.endswith("\n")
 
     def release(self) -> None:
         self._end_row()
@@ -562,9 +565,9 @@ class AfterInput(LocalSide):
 
     def _end_row(self) -> None:
         """Move the cursor to the start of a row: a message follows."""
-        if self._unfinished:
+        if self._row_has_text:
             write("\n")
-            self._unfinished = False
+            self._row_has_text = False
 
 
 def load_readline() -> Any:
@@ -594,7 +597,7 @@ def screen_size() -> tuple[int, int]:
 
 
 def rows_at_most(text: str) -> float:
-    """Rows that a line may need; a byte of it needs one column at most."""
+    """How many rows a line may need; a byte that is written takes one column at most."""
     columns, _ = screen_size()
     return len(for_stdout(escape_controls(text))) / columns
 

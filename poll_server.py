@@ -79,10 +79,10 @@ QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 Ki
 
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
-PORT_TRIES = 10  # for port 0: the port that the first address gets may be in use on another one
+PORT_TRIES = 10  # for port 0: the first address gets a port that may be in use on another address
 TICK = 1.0  # seconds from one round of housekeeping to the next; less for a short idle timeout
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
-DRAIN_ROUNDS = 4  # 0.2 s of silence end a connection; Nagle may hold back bytes for 0.04 s
+DRAIN_ROUNDS = 4  # 0.2 s of silence end a connection; a peer's Nagle may hold bytes back for 0.04 s
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
@@ -127,8 +127,8 @@ class Connection:
         self.eof_received = False
         self.received = 0  # bytes
         self.sent = 0  # bytes that the kernel has taken
-        self.silent_rounds = 0  # rounds of housekeeping since the last event
-        self.acknowledged_before = 0  # acknowledged(), in the first round after the last event
+        self.silent_rounds = 0  # rounds of housekeeping since the last event: its silence
+        self.acknowledged_before = 0  # bytes acknowledged when this silence began
 
     def mask(self) -> int:
         """The mask, by the first table of the module; 0: the connection is to be closed."""
@@ -379,7 +379,7 @@ class PollServer:
     def _handle_failure(self, fd: int, connection: Connection, flags: int, error: OSError) -> None:
         """Close a connection whose receive or send has failed."""
         if error.errno in (errno.ENOBUFS, errno.ENOMEM):  # it is not the peer's fault
-            self._cut(fd, reason(error))
+            self._close_early(fd, reason(error))
             return
         log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
@@ -394,7 +394,7 @@ class PollServer:
         connection does not go on.
         """
         try:
-            self._cut(fd, "out of memory")
+            self._close_early(fd, "out of memory")
         finally:
             connection.sock.close()
 
@@ -409,7 +409,7 @@ class PollServer:
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get.
 
-        If ``MemoryError`` interrupts this when the socket is closed, poll() reports the closed
+        If ``MemoryError`` interrupts this after the socket was closed, poll() reports the closed
         descriptor (POLLNVAL), and the loop does the rest then.
         """
         connection = self.fd_to_socket[fd]
@@ -425,8 +425,8 @@ class PollServer:
             log.info(line, *arguments)
         self._resume_accepting()
 
-    def _cut(self, fd: int, why: str) -> None:
-        """Close a connection at once, and count it if its peer has not all its bytes."""
+    def _close_early(self, fd: int, why: str) -> None:
+        """Close a connection; count it as cut if its peer has not all its bytes."""
         try:
             undelivered = self.fd_to_socket[fd].undelivered()
         except MemoryError:
@@ -445,7 +445,7 @@ class PollServer:
             connections = self.fd_to_socket
             fd = max(connections, key=lambda fd: connections[fd].unsent(), default=None)
             if fd is not None and connections[fd].unsent():
-                self._cut(fd, "out of memory")
+                self._close_early(fd, "out of memory")
             else:
                 time.sleep(RETRY)
 
@@ -477,7 +477,7 @@ class PollServer:
             sock.setblocking(False)
             self._poller.register(fd, READ_ONLY)
         except (OSError, MemoryError) as error:
-            self._cut(fd, f"refused: {reason(error)}")
+            self._close_early(fd, f"refused: {reason(error)}")
             return
         log.info("%s opened", peer)
 
@@ -564,7 +564,7 @@ class PollServer:
             self.request_stop()
         with self._loop_lock:
             for fd in list(self.fd_to_socket):  # an exception has ended the loop before
-                self._cut(fd, "server closed")
+                self._close_early(fd, "server closed")
             self._close_listeners()
             self._wake_reader.close()
             self._wake_writer.close()
@@ -585,7 +585,7 @@ class PollServer:
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # the requests before ask for the drain; a later one cuts it short
+        self.stop_requests = 1  # from now on another request cuts the drain short
         self._max_connections = math.inf
         self._max_silent_rounds = DRAIN_ROUNDS
         self._tick = DRAIN_TICK
@@ -600,22 +600,22 @@ class PollServer:
         if self._listeners:  # peers are left in the backlogs: however many, they count as one
             self.cut += 1
         for fd in list(self.fd_to_socket):
-            self._cut(fd, "cut")
+            self._close_early(fd, "cut")
         if self.cut:
             log.warning("cut %d connections, %d bytes lost", self.cut, self.lost)
 
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        If a shortage pauses accepting before that, the listeners stay open for the next round.
+        If a shortage pauses accepting and a backlog still has peers, the listeners stay open for
+        the next round.
         """
         for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        paused = any(fd not in self._poller.masks for fd in self._listeners)
-        peers_left = paused and has_event(dict.fromkeys(self._listeners, READ_ONLY))
-        if not peers_left:
+        paused = [fd for fd in self._listeners if fd not in self._poller.masks]
+        if not has_event(dict.fromkeys(paused, READ_ONLY)):
             self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -634,8 +634,9 @@ class Poller:
     time that grows with the number of all of them (PATIENCE).  An idle descriptor that gets an
     event waits for that time, and for the work on the events of one poll, at most.
 
-    ``_recent`` collects the descriptors that have an event or get registered.  After a full poll
-    with more than FEW idle descriptors, these become the busy ones, and the collection begins anew.
+    ``_recent`` collects the descriptors that have an event or get registered.  If a full poll
+    finds more than FEW idle descriptors, the collected ones become the busy ones, and the
+    collection begins anew.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -654,7 +655,7 @@ class Poller:
         """Poll a descriptor for these events, instead of those before."""
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
-        self.masks[fd] = mask  # last, so that what failed to register is seen as not registered
+        self.masks[fd] = mask  # not earlier: a MemoryError above must not look like success
         self._recent.add(fd)
 
     def unregister(self, fd: int) -> None:
@@ -670,15 +671,15 @@ class Poller:
         Returns each event with its descriptor.  Raises ``OSError`` as poll(2) does.
         """
         if time.monotonic() < self._next_full_poll:
-            # poll(2) rounds a wait up to whole milliseconds, so this one is to end a millisecond
-            # before the full poll is due.
+            # The wait is rounded up to whole milliseconds.  So it is to end a millisecond before
+            # the full poll is due.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             if events:
                 self._recent |= dict(events).keys()
                 return events
-        # The full poll is due, or none of the busy descriptors has had an event until then.
+        # None of the busy descriptors has had an event, or the full poll was due already.
         events = self._wait(self._all, deadline)
-        if len(self.masks) - len(events) > self.FEW:
+        if len(self.masks) - len(events) > self.FEW:  # else the next poll is a full one, too
             self._choose_busy(events)
         return events
 
