@@ -236,11 +236,10 @@ class TerminalSession(LocalSide):
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
-        self._has_terminal = False  # not yet, and not from Ctrl-Z until SIGCONT
+        self._suspended = False  # from Ctrl-Z until the terminal is taken again
 
     def start(self) -> None:
         self._set_handler(FATAL_SIGNALS, self._die)
-        self._set_handler("TSTP", self._suspend)
         self._set_handler("CONT", self._take_terminal)
         self._take_terminal()
 
@@ -305,7 +304,7 @@ class TerminalSession(LocalSide):
                 signal.signal(number, handler)
 
     def _take_terminal(self, *_: object) -> None:
-        """Prepare the terminal and show the prompt; called at the start, and by SIGCONT.
+        """Prepare the terminal and show the prompt; called at the start and after each stop.
 
         In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
         only to a stopped job, and without SIGCONT nothing would call this again.
@@ -314,10 +313,11 @@ class TerminalSession(LocalSide):
             # The process stops in this call.  The handler of SIGCONT, this method, does the rest.
             signal.raise_signal(signal.SIGTTIN)
             return
+        self._set_handler("TSTP", self._suspend)
         self._set_modes()
         write("\r")  # a shell may have written to this row: the prompt is drawn over it
         self._draw_input_line()
-        self._has_terminal = True
+        self._suspended = False
 
     def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
@@ -338,13 +338,13 @@ class TerminalSession(LocalSide):
     def _suspend(self, number: int, _: object) -> None:
         """Ctrl-Z: stop, as without a handler; SIGCONT takes the terminal again."""
         self._leave_for_signal()
-        self._has_terminal = False
+        self._suspended = True
         signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)  # it stops here; then the handler of SIGCONT runs first
-        signal.signal(number, self._suspend)
+        # The process stops in this call.  The handler of SIGCONT runs before the call returns.
+        signal.raise_signal(number)
         # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
         # Then the process was not stopped, and no SIGCONT has come.
-        if not self._has_terminal:
+        if self._suspended:
             self._take_terminal()
 
 
@@ -357,8 +357,8 @@ class PlainSession(TerminalSession):
 
     def __init__(self) -> None:
         super().__init__()
-        # Whether text stands left of the prompt, or of where it will be: an unfinished line, or
-        # typed text that Ctrl-D has sent.
+        # Whether the last row has text besides the prompt and what is typed: an unfinished line, or
+        # text that Ctrl-D has sent.
         self._row_has_text = False
 
     def read(self) -> bytes:
@@ -460,21 +460,23 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._prompting = False
-        # readline draws this on the new row.  Enter does not end an unfinished line, so that line
-        # is drawn; the prompt comes later.
+        # readline draws this on the new row: the unfinished line, as Enter does not end it, and no
+        # prompt.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
-        lines, newline, self._unfinished_line = (self._unfinished_line + text).rpartition("\n")
-        above = escape_controls(lines + newline)
+        # readline would count a tab in the prompt as one column.
+        shown = (self._unfinished_line + escape_controls(text)).expandtabs()
+        lines, newline, self._unfinished_line = shown.rpartition("\n")
+        above = lines + newline
         _, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
         if rows_at_most(self._unfinished_line) > rows / 2:
-            above += escape_controls(self._unfinished_line) + "\n"
+            above += self._unfinished_line + "\n"
             self._unfinished_line = ""
-        # Text that ends with a newline brings the prompt; an unfinished line does not.  A prompt
-        # that is shown already moves to the right of that line.
+        # Text that ends with a newline brings the prompt; an unfinished line does not.  But if the
+        # prompt was shown before, it stays, to the right of that line.
         if text.endswith("\n"):
             self._prompting = True
         self._erase()
@@ -494,7 +496,7 @@ class ReadlineSession(TerminalSession):
 
     def _prompt_text(self) -> bytes:
         prompt = PROMPT if self._prompting else ""
-        text = escape_controls(self._unfinished_line) + prompt
+        text = self._unfinished_line + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
 
@@ -599,7 +601,7 @@ def screen_size() -> tuple[int, int]:
 def rows_at_most(text: str) -> float:
     """How many rows a line may need; a byte that is written takes one column at most."""
     columns, _ = screen_size()
-    return len(for_stdout(escape_controls(text))) / columns
+    return len(for_stdout(escape_controls(text).expandtabs())) / columns
 
 
 def in_background() -> bool:
@@ -661,14 +663,14 @@ def for_stdout(text: str) -> bytes:
 
 
 def escape_controls(text: str) -> str:
-    """Replace tabs by blanks, and escape what a terminal would obey or not show."""
+    """Escape what a terminal would obey or not show; newlines and tabs stay."""
 
     def escape(match: re.Match[str]) -> str:
         hidden = category(match[0]) in ("Cc", "Cf", "Zl", "Zp")
         return ascii(match[0])[1:-1] if hidden else match[0]
 
     # U+200C and U+200D stay: they tell which letters are joined.
-    return re.sub("[^\t\n -~\u200c\u200d]", escape, text).expandtabs()
+    return re.sub("[^\t\n -~\u200c\u200d]", escape, text)
 
 
 def format_address(address: tuple[object, ...]) -> str:

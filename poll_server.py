@@ -82,7 +82,7 @@ DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 
 PORT_TRIES = 10  # for port 0: the first address gets a port that may be in use on another address
 TICK = 1.0  # seconds from one round of housekeeping to the next; less for a short idle timeout
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
-DRAIN_ROUNDS = 4  # 0.2 s of silence end a connection; a peer's Nagle may hold bytes back for 0.04 s
+DRAIN_SILENT_ROUNDS = 4  # 0.2 s; a Nagle algorithm may hold bytes back for 0.04 s
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
@@ -585,9 +585,9 @@ class PollServer:
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # from now on another request cuts the drain short
+        self.stop_requests = 1  # also after several: only one from now on cuts the drain short
         self._max_connections = math.inf
-        self._max_silent_rounds = DRAIN_ROUNDS
+        self._max_silent_rounds = DRAIN_SILENT_ROUNDS
         self._tick = DRAIN_TICK
         self._next_housekeeping = 0.0
         for connection in self.fd_to_socket.values():
@@ -614,6 +614,7 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
+        # A listener that is not registered was paused, maybe before its backlog was empty.
         paused = [fd for fd in self._listeners if fd not in self._poller.masks]
         if not has_event(dict.fromkeys(paused, READ_ONLY)):
             self._close_listeners()
@@ -635,8 +636,8 @@ class Poller:
     event waits for that time, and for the work on the events of one poll, at most.
 
     ``_recent`` collects the descriptors that have an event or get registered.  If a full poll
-    finds more than FEW idle descriptors, the collected ones become the busy ones, and the
-    collection begins anew.
+    finds more than FEW idle descriptors, those in ``_recent`` become the busy ones, and ``_recent``
+    begins anew.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -649,13 +650,13 @@ class Poller:
         self._busy = select.poll()
         self._recent: set[int] = set()
         self._next_full_poll = 0.0  # seconds, monotonic
-        self._last_wait_was_short = False  # whether an event ended it within SPIN
+        self._last_sleep_was_short = False  # whether an event ended it within SPIN
 
     def register(self, fd: int, mask: int) -> None:
         """Poll a descriptor for these events, instead of those before."""
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
-        self.masks[fd] = mask  # not earlier: a MemoryError above must not look like success
+        self.masks[fd] = mask  # last: after a MemoryError above, the loop must try again
         self._recent.add(fd)
 
     def unregister(self, fd: int) -> None:
@@ -671,7 +672,7 @@ class Poller:
         Returns each event with its descriptor.  Raises ``OSError`` as poll(2) does.
         """
         if time.monotonic() < self._next_full_poll:
-            # The wait is rounded up to whole milliseconds.  So it is to end a millisecond before
+            # poll() rounds a wait up to whole milliseconds.  A millisecond less, and it ends before
             # the full poll is due.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             if events:
@@ -679,7 +680,8 @@ class Poller:
                 return events
         # None of the busy descriptors has had an event, or the full poll was due already.
         events = self._wait(self._all, deadline)
-        if len(self.masks) - len(events) > self.FEW:  # else the next poll is a full one, too
+        idle = len(self.masks) - len(events)
+        if idle > self.FEW:
             self._choose_busy(events)
         return events
 
@@ -695,20 +697,20 @@ class Poller:
     def _wait(self, poller: select.poll, deadline: float) -> list[tuple[int, int]]:
         """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
 
-        If the last wait was shorter than SPIN, it polls with timeout 0 for that time: to go to
-        sleep and to wake up again would take longer.
+        If the last sleep was shorter than SPIN, it polls with timeout 0 for that time: to fall
+        asleep and to wake up again would take longer.
         """
         events = poller.poll(0)
-        if self._last_wait_was_short and not events:
+        if self._last_sleep_was_short and not events:
             spin_end = time.monotonic() + self.SPIN
             while not events and time.monotonic() < spin_end:
                 events = poller.poll(0)
         if events:
             return events
-        wait_start = time.monotonic()
-        events = poller.poll(max(0.0, deadline - wait_start) * 1000)
-        wait_end = time.monotonic()
-        self._last_wait_was_short = bool(events) and wait_end - wait_start < self.SPIN
+        sleep_start = time.monotonic()
+        events = poller.poll(max(0.0, deadline - sleep_start) * 1000)
+        sleep_end = time.monotonic()
+        self._last_sleep_was_short = bool(events) and sleep_end - sleep_start < self.SPIN
         return events
 
 

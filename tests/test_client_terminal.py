@@ -624,6 +624,17 @@ def test_after_ctrl_d_the_message_that_it_waits_has_a_row_of_its_own(talk, env):
 
 
 @pytest.mark.parametrize("env", [{}, DUMB], ids=["", "dumb"])
+@pytest.mark.parametrize("keys", ["", CTRL_D], ids=["", "after Ctrl-D"])
+def test_a_tab_in_a_line_that_comes_in_parts_goes_to_its_column(talk, env, keys):
+    user, peer = talk(env=env)
+    user.type(keys)
+    peer.sendall(b"abc")
+    wait_until(lambda: any(row.startswith("abc") for row in user.rows()), "the first part")
+    peer.sendall(b"\tdef\n")
+    wait_until(lambda: "abc     def" in user.rows(), "the whole line")
+
+
+@pytest.mark.parametrize("env", [{}, DUMB], ids=["", "dumb"])
 def test_after_ctrl_d_what_comes_has_nothing_that_a_terminal_obeys(talk, env):
     user, peer = talk(env=env)
     peer.sendall("half a character: ü\n".encode()[:-2])
