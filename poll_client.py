@@ -103,9 +103,9 @@ class Conversation:
             events = dict(poller.poll(self.local.poll_timeout()))
             if not events:
                 self.local.on_silence()
-            # Input is read before the server's text is shown.  If Ctrl-Z came in between, the
-            # terminal would drop the input that poll has reported (termios(3), NOFLSH), and read
-            # would block.
+            # Input is read before the server's text is shown, which may take a while.  If Ctrl-Z
+            # comes meanwhile, the terminal drops its input (termios(3), NOFLSH), and to read what
+            # poll has reported would block.
             if 0 in events:
                 self._read()
             flags = events.get(self.sock.fileno(), 0)
@@ -266,7 +266,7 @@ class TerminalSession(LocalSide):
         self._set_handler(FATAL_SIGNALS, signal.SIG_DFL)
 
     def verdict(self, conversation: Conversation) -> str:
-        # At the end of input AfterInput takes over.  So this is an end before that.
+        # The connection has ended before the input.  After the input AfterInput takes over.
         return conversation.how_it_ended()
 
     def _show_text(self, text: str) -> None:
@@ -411,7 +411,7 @@ class ReadlineSession(TerminalSession):
         self._lines: list[bytes] = []  # finished ones, which read() has not returned yet
         self._eof_seen = False
         self._unfinished_line = ""
-        self._size_at_draw = screen_size()  # of the terminal, when the prompt was drawn last
+        self._size_at_draw = screen_size()  # of the terminal, when the input line was drawn last
         library.free.argtypes = [ctypes.c_void_p]
         ctypes.c_int.in_dll(library, "rl_catch_signals").value = 0
         # readline would call these two functions before and after each line, to set the terminal's
@@ -448,11 +448,11 @@ class ReadlineSession(TerminalSession):
         """Called by readline with the address of a finished line, or with None at end of input.
 
         ctypes does not pass on exceptions from here, so ``read`` acts on the line.  When this
-        returns, readline draws a new row with the prompt that is set here.
+        returns, readline draws a new row, which begins with what rl_set_prompt() was given.
         """
         if line is None:
             self._eof_seen = True
-            self._library.rl_set_prompt(b"")  # or it would draw the prompt once more
+            self._library.rl_set_prompt(b"")  # nothing is to be drawn any more
             return
         text = self._string_at(line)
         self._library.free(line)
@@ -460,8 +460,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._prompting = False
-        # readline draws this on the new row: the unfinished line, as Enter does not end it, and no
-        # prompt.
+        # Enter does not end an unfinished line: it is drawn again.  PROMPT comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -495,13 +494,14 @@ class ReadlineSession(TerminalSession):
         return rows_at_most(self._unfinished_line + PROMPT + typed) >= rows
 
     def _prompt_text(self) -> bytes:
+        """What readline is to draw before the typed text."""
         prompt = PROMPT if self._prompting else ""
         text = self._unfinished_line + prompt
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
 
     def _erase(self) -> None:
-        """Erase the prompt and the typed text from the screen."""
+        """Erase the input line from the screen."""
         self._library.rl_clear_visible_line()
         self._library.fflush(None)  # rl_redisplay() flushes by itself, the call above does not
 

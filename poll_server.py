@@ -73,7 +73,7 @@ READ_ONLY = select.POLLIN
 WRITE_ONLY = select.POLLOUT
 READ_WRITE = READ_ONLY | WRITE_ONLY
 
-RECEIVE_SIZE = 224 * 1024  # bytes, without a queue; with 128 KiB bulk transfers are 3 % slower
+RECEIVE_SIZE = 224 * 1024  # bytes, without a queue; with 128 KiB, bulk transfers are 3 % slower
 SMALL_RECEIVE_SIZE = 8 * 1024  # bytes, while there is a queue
 QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 KiB are the bound
 
@@ -146,7 +146,7 @@ class Connection:
         """
         if self.queue is not None and flags != select.POLLIN:
             # POLLOUT: send makes the queue shorter.  POLLERR, POLLHUP or POLLNVAL: send raises the
-            # reason.  The next poll repeats a POLLIN that came with them.
+            # reason.  POLLIN may be among the flags, too; the next poll repeats it.
             self._send_chunk(self.queue)
             return 0
         limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
@@ -202,6 +202,8 @@ class Connection:
         try:
             answer = fcntl.ioctl(self.sock, request, bytes(4))
         except (OSError, ValueError):  # the descriptor was closed by another part of the program
+            return 0
+        except MemoryError:
             return 0
         return int.from_bytes(answer, sys.byteorder)
 
@@ -326,7 +328,7 @@ class PollServer:
                 self._close_listeners()
 
     def _turn(self) -> None:
-        """Poll until housekeeping is due at most, act on every event, and do what is due."""
+        """Poll, act on every event, and do the housekeeping if it is due."""
         try:
             fd_to_socket = self.fd_to_socket
             masks = self._poller.masks
@@ -344,11 +346,11 @@ class PollServer:
                         self._poller.register(fd, mask)
                 except BlockingIOError:
                     continue
+                except MemoryError:
+                    self._close_early(fd, connection, "out of memory")
+                    continue
                 except OSError as error:
                     self._handle_failure(fd, connection, flags, error)
-                    continue
-                except MemoryError:
-                    self._handle_shortage(fd, connection)
                     continue
                 connection.silent_rounds = 0
                 if tracing:
@@ -366,7 +368,8 @@ class PollServer:
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self._listeners.get(fd)
         if listener is None:
-            # The wake-up, or a descriptor that _close could not unregister for want of memory.
+            # The wake-up, needed once, or a descriptor that _drop could not unregister for want of
+            # memory.
             self._poller.unregister(fd)  # or poll() would report it again and again
             return
         if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
@@ -379,24 +382,13 @@ class PollServer:
     def _handle_failure(self, fd: int, connection: Connection, flags: int, error: OSError) -> None:
         """Close a connection whose receive or send has failed."""
         if error.errno in (errno.ENOBUFS, errno.ENOMEM):  # it is not the peer's fault
-            self._close_early(fd, reason(error))
+            self._close_early(fd, connection, reason(error))
             return
         log.debug("%s %s: %s", connection.peer, flag_names(flags), reason(error))
         if error.errno in (errno.EBADF, errno.ENOTSOCK):
             self._forget(fd)
         else:  # ECONNRESET, EPIPE, ETIMEDOUT and others: the peer has gone
             self._close(fd, reason(error))
-
-    def _handle_shortage(self, fd: int, connection: Connection) -> None:
-        """Cut a connection that may have dropped received bytes for shortage of memory.
-
-        If another ``MemoryError`` interrupts this, the socket is closed at least, so the
-        connection does not go on.
-        """
-        try:
-            self._close_early(fd, "out of memory")
-        finally:
-            connection.sock.close()
 
     def _forget(self, fd: int) -> None:
         """Drop a connection whose descriptor was closed by another part of the program.
@@ -406,17 +398,21 @@ class PollServer:
         self.fd_to_socket[fd].sock.detach()
         self._close(fd, "its descriptor was closed")
 
-    def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
-        """Close a connection and log why, with the bytes that its peer will not get.
+    def _drop(self, fd: int, connection: Connection) -> None:
+        """Close the socket, and take the connection out of the table and the poller.
 
-        If ``MemoryError`` interrupts this after the socket was closed, poll() reports the closed
-        descriptor (POLLNVAL), and the loop does the rest then.
+        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
+        loop does the rest then.
         """
-        connection = self.fd_to_socket[fd]
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
-        del self.fd_to_socket[fd]
+        self.fd_to_socket.pop(fd, None)
         self._poller.unregister(fd)
+
+    def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
+        """Close a connection and log why, with the bytes that its peer will not get."""
+        connection = self.fd_to_socket[fd]
+        self._drop(fd, connection)
         line = "%s closed: %d bytes in, %d out, %s"
         arguments = [connection.peer, connection.received, connection.sent, why]
         if undelivered:
@@ -425,16 +421,20 @@ class PollServer:
             log.info(line, *arguments)
         self._resume_accepting()
 
-    def _close_early(self, fd: int, why: str) -> None:
-        """Close a connection; count it as cut if its peer has not all its bytes."""
+    def _close_early(self, fd: int, connection: Connection, why: str) -> None:
+        """Close a connection; count it as cut if its peer has not all its bytes.
+
+        If ``MemoryError`` interrupts this, the connection is dropped all the same.  It must not go
+        on, as for shortage of memory handle() may have lost received bytes.
+        """
         try:
-            undelivered = self.fd_to_socket[fd].undelivered()
-        except MemoryError:
-            undelivered = 1  # at least
-        if undelivered:
-            self.cut += 1
-            self.lost += undelivered
-        self._close(fd, why, undelivered)
+            undelivered = connection.undelivered()
+            if undelivered:
+                self.cut += 1
+                self.lost += undelivered
+            self._close(fd, why, undelivered)
+        finally:
+            self._drop(fd, connection)
 
     def _free_memory(self) -> None:
         """Cut the connection with the most unsent bytes, or wait if there are none.
@@ -445,7 +445,7 @@ class PollServer:
             connections = self.fd_to_socket
             fd = max(connections, key=lambda fd: connections[fd].unsent(), default=None)
             if fd is not None and connections[fd].unsent():
-                self._close_early(fd, "out of memory")
+                self._close_early(fd, connections[fd], "out of memory")
             else:
                 time.sleep(RETRY)
 
@@ -472,12 +472,13 @@ class PollServer:
         fd = sock.fileno()
         if fd in self.fd_to_socket:  # another part of the program had closed that descriptor
             self._forget(fd)
-        self.fd_to_socket[fd] = Connection(sock, peer)
+        connection = Connection(sock, peer)
+        self.fd_to_socket[fd] = connection
         try:
             sock.setblocking(False)
             self._poller.register(fd, READ_ONLY)
         except (OSError, MemoryError) as error:
-            self._close_early(fd, f"refused: {reason(error)}")
+            self._close_early(fd, connection, f"refused: {reason(error)}")
             return
         log.info("%s opened", peer)
 
@@ -491,9 +492,12 @@ class PollServer:
             log.log(level, "not accepting: %s; new peers wait in the backlog", why)
 
     def _resume_accepting(self) -> None:
-        for fd in self._listeners:
-            if fd not in self._poller.masks:
-                self._poller.register(fd, READ_ONLY)
+        for fd in self._paused_listeners():
+            self._poller.register(fd, READ_ONLY)
+
+    def _paused_listeners(self) -> list[int]:
+        """The descriptors of those that are not registered: not yet, or since a pause."""
+        return [fd for fd in self._listeners if fd not in self._poller.masks]
 
     def _housekeep(self) -> None:
         """One round: accept again, count the silence of every connection, and check silent ones.
@@ -563,8 +567,9 @@ class PollServer:
         if not self.stop_requests:
             self.request_stop()
         with self._loop_lock:
-            for fd in list(self.fd_to_socket):  # an exception has ended the loop before
-                self._close_early(fd, "server closed")
+            # There are connections only if an exception has ended the loop.
+            for fd, connection in list(self.fd_to_socket.items()):
+                self._close_early(fd, connection, "server closed")
             self._close_listeners()
             self._wake_reader.close()
             self._wake_writer.close()
@@ -599,24 +604,22 @@ class PollServer:
                 break
         if self._listeners:  # peers are left in the backlogs: however many, they count as one
             self.cut += 1
-        for fd in list(self.fd_to_socket):
-            self._close_early(fd, "cut")
+        for fd, connection in list(self.fd_to_socket.items()):
+            self._close_early(fd, connection, "cut")
         if self.cut:
             log.warning("cut %d connections, %d bytes lost", self.cut, self.lost)
 
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        If a shortage pauses accepting and a backlog still has peers, the listeners stay open for
-        the next round.
+        But if a shortage has paused them, and a backlog still has peers, they stay open until the
+        next round.
         """
         for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        # A listener that is not registered was paused, maybe before its backlog was empty.
-        paused = [fd for fd in self._listeners if fd not in self._poller.masks]
-        if not has_event(dict.fromkeys(paused, READ_ONLY)):
+        if not has_event(dict.fromkeys(self._paused_listeners(), READ_ONLY)):
             self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -656,7 +659,7 @@ class Poller:
         """Poll a descriptor for these events, instead of those before."""
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
-        self.masks[fd] = mask  # last: after a MemoryError above, the loop must try again
+        self.masks[fd] = mask  # last: a listener that failed to register is still paused
         self._recent.add(fd)
 
     def unregister(self, fd: int) -> None:
@@ -672,13 +675,12 @@ class Poller:
         Returns each event with its descriptor.  Raises ``OSError`` as poll(2) does.
         """
         if time.monotonic() < self._next_full_poll:
-            # poll() rounds a wait up to whole milliseconds.  A millisecond less, and it ends before
-            # the full poll is due.
+            # poll() rounds a wait up to whole milliseconds, so it is told to end one earlier.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             if events:
                 self._recent |= dict(events).keys()
                 return events
-        # None of the busy descriptors has had an event, or the full poll was due already.
+        # The full poll is due.  Or no busy descriptor has an event, so it costs no busy peer time.
         events = self._wait(self._all, deadline)
         idle = len(self.masks) - len(events)
         if idle > self.FEW:

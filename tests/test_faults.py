@@ -79,6 +79,7 @@ def test_a_failing_call_costs_at_most_the_connection_that_it_hit(traced, call, t
             descriptors += times * len(errors)
         wait_until(lambda: traced.descriptors() == descriptors, "the descriptors to come back")
     status = traced.stop()
+    assert bool(traced.matches("^poll: ")) == (call == "poll")
     # A shortage of memory costs a peer bytes that it has not got back; the exit status tells it.
     is_cut = call in COSTLY and bool(traced.matches("bytes lost"))
     assert status == (1 if is_cut else 0)

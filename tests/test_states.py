@@ -282,7 +282,7 @@ poll_server.log.addHandler(logging.NullHandler())
 place = poll_server.__file__
 STREAM = b"".join(number.to_bytes(4, "big") for number in range(1 << 16))  # no part comes again
 TURN = PollServer._turn.__code__
-RESCUES = {PollServer._handle_shortage.__code__, PollServer._free_memory.__code__}
+RESCUES = {PollServer._close_early.__code__, PollServer._free_memory.__code__}
 NO_PLACE = (
     "try:", "except",
     "self._free_memory", "with contextlib.suppress(MemoryError)",
@@ -317,7 +317,7 @@ class Run:
     def trace(self, frame, event, _):
         if frame.f_code.co_filename != place:
             return
-        if event == "line" and self.inside:
+        if event == "line" and TURN in self.inside:
             # The more connections have a queue, the more may be cut; with none it only waits.
             connections = list(self.server.fd_to_socket.values())
             queues = sum(connection.queue is not None for connection in connections)
