@@ -232,7 +232,7 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        self._prompting = True  # whether the input line has the prompt, when it is drawn
+        self._prompting = True  # whether the input line has a prompt now
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
@@ -240,7 +240,7 @@ class TerminalSession(LocalSide):
 
     def start(self) -> None:
         self._set_handler(FATAL_SIGNALS, self._die)
-        self._set_handler("CONT", self._take_terminal)
+        self._set_handler("CONT", self._resume)
         self._take_terminal()
 
     def poll_timeout(self) -> int | None:
@@ -303,14 +303,14 @@ class TerminalSession(LocalSide):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, handler)
 
-    def _take_terminal(self, *_: object) -> None:
+    def _take_terminal(self) -> None:
         """Prepare the terminal and show the prompt; called at the start and after each stop.
 
         In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
-        only to a stopped job, and without SIGCONT nothing would call this again.
+        only to a stopped job, and without SIGCONT nothing would take the terminal.
         """
         if in_background():
-            # The process stops in this call.  The handler of SIGCONT, this method, does the rest.
+            # The process stops in this call.  When it goes on, _resume runs before this returns.
             signal.raise_signal(signal.SIGTTIN)
             return
         self._set_handler("TSTP", self._suspend)
@@ -336,16 +336,20 @@ class TerminalSession(LocalSide):
         signal.raise_signal(number)
 
     def _suspend(self, number: int, _: object) -> None:
-        """Ctrl-Z: stop, as without a handler; SIGCONT takes the terminal again."""
+        """Ctrl-Z: stop, as without a handler."""
         self._leave_for_signal()
         self._suspended = True
         signal.signal(number, signal.SIG_DFL)
-        # The process stops in this call.  The handler of SIGCONT runs before the call returns.
+        # The process stops in this call.  When it goes on, _resume runs before this returns.
         signal.raise_signal(number)
         # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
         # Then the process was not stopped, and no SIGCONT has come.
         if self._suspended:
             self._take_terminal()
+
+    def _resume(self, *_: object) -> None:
+        """SIGCONT: the process was stopped, and goes on, maybe in the background."""
+        self._take_terminal()
 
 
 class PlainSession(TerminalSession):
@@ -460,7 +464,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._prompting = False
-        # Enter does not end an unfinished line: it is drawn again.  PROMPT comes later.
+        # The server has not ended an unfinished line yet: it is drawn again.  PROMPT comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -471,7 +475,7 @@ class ReadlineSession(TerminalSession):
         _, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
-        if rows_at_most(self._unfinished_line) > rows / 2:
+        if rows_needed(self._unfinished_line) > rows / 2:
             above += self._unfinished_line + "\n"
             self._unfinished_line = ""
         # Text that ends with a newline brings the prompt; an unfinished line does not.  But if the
@@ -480,18 +484,18 @@ class ReadlineSession(TerminalSession):
             self._prompting = True
         self._erase()
         write(above)
-        if above and self._may_fill_screen():
+        if above and self._is_taller_than_screen():
             # readline 8.3 clears the screen before it draws a line that is taller than the screen.
             # The text above would be lost, so newlines move it into the terminal's scrollback.
             write("\n" * rows)
         self._draw_input_line()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
-    def _may_fill_screen(self) -> bool:
-        """Whether the input line may need all rows of the screen."""
+    def _is_taller_than_screen(self) -> bool:
+        """Whether the input line may be."""
         typed = (self._typed.value or b"").decode(errors="replace")
         _, rows = screen_size()
-        return rows_at_most(self._unfinished_line + PROMPT + typed) >= rows
+        return rows_needed(self._unfinished_line + PROMPT + typed) > rows
 
     def _prompt_text(self) -> bytes:
         """What readline is to draw before the typed text."""
@@ -506,8 +510,7 @@ class ReadlineSession(TerminalSession):
         self._library.fflush(None)  # rl_redisplay() flushes by itself, the call above does not
 
     def _redraw_input_line(self) -> None:
-        # readline erases by the size at which it has drawn.  The new size, if the window was
-        # resized, is for what is drawn now.
+        # After a resize of the window the order matters: readline erases by the old size.
         self._erase()
         self._draw_input_line()
 
@@ -566,7 +569,7 @@ class AfterInput(LocalSide):
         return conversation.how_it_ended() if conversation.loss_reason else ""
 
     def _end_row(self) -> None:
-        """Move the cursor to the start of a row: a message follows."""
+        """Move the cursor to the start of a row."""
         if self._row_has_text:
             write("\n")
             self._row_has_text = False
@@ -598,10 +601,10 @@ def screen_size() -> tuple[int, int]:
     return columns or 80, rows or 24
 
 
-def rows_at_most(text: str) -> float:
-    """How many rows a line may need; a byte that is written takes one column at most."""
+def rows_needed(text: str) -> int:
+    """Rows that a line and the cursor need at most; a byte takes one column at most."""
     columns, _ = screen_size()
-    return len(for_stdout(escape_controls(text).expandtabs())) / columns
+    return 1 + len(for_stdout(escape_controls(text).expandtabs())) // columns
 
 
 def in_background() -> bool:
@@ -727,7 +730,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def converse(options: argparse.Namespace) -> str:
     """Connect and copy both ways; returns what went wrong, or an empty text.
 
-    Raises ``NotConnected``, and ``OSError`` if standard input or output fails.
+    Raises ``NotConnected``, and ``OSError`` or ``termios.error`` if standard input or output fails.
     """
     interactive = os.isatty(0) and os.isatty(1)
     if interactive:

@@ -79,7 +79,7 @@ QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 Ki
 
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
-PORT_TRIES = 10  # for port 0: the first address gets a port that may be in use on another address
+PORT_TRIES = 10  # for port 0: the port that one address gets may be in use on the next one
 TICK = 1.0  # seconds from one round of housekeeping to the next; less for a short idle timeout
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
 DRAIN_SILENT_ROUNDS = 4  # 0.2 s; a Nagle algorithm may hold bytes back for 0.04 s
@@ -184,6 +184,12 @@ class Connection:
         else:
             self.queue = None
 
+    def count_silence(self) -> None:
+        """Count a round without an event, and at the first one note what was acknowledged."""
+        if self.silent_rounds == 0:
+            self.acknowledged_before = self.acknowledged()
+        self.silent_rounds += 1
+
     def unsent(self) -> int:
         """Bytes that were received, and that send has not taken."""
         return self.received - self.sent
@@ -202,8 +208,6 @@ class Connection:
         try:
             answer = fcntl.ioctl(self.sock, request, bytes(4))
         except (OSError, ValueError):  # the descriptor was closed by another part of the program
-            return 0
-        except MemoryError:
             return 0
         return int.from_bytes(answer, sys.byteorder)
 
@@ -424,8 +428,8 @@ class PollServer:
     def _close_early(self, fd: int, connection: Connection, why: str) -> None:
         """Close a connection; count it as cut if its peer has not all its bytes.
 
-        If ``MemoryError`` interrupts this, the connection is dropped all the same.  It must not go
-        on, as for shortage of memory handle() may have lost received bytes.
+        If ``MemoryError`` interrupts this, the connection is dropped all the same, as handle() may
+        have lost bytes of it.  To drop it twice does no harm.
         """
         try:
             undelivered = connection.undelivered()
@@ -512,10 +516,8 @@ class PollServer:
         if self.stop_requests:
             self._accept_rest()
         for fd, connection in list(self.fd_to_socket.items()):
-            if connection.silent_rounds == 0:
-                connection.acknowledged_before = connection.acknowledged()
             if connection.silent_rounds < self._max_silent_rounds:
-                connection.silent_rounds += 1
+                connection.count_silence()
             else:
                 self._check_silent(fd, connection)
 
@@ -590,7 +592,7 @@ class PollServer:
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # also after several: only one from now on cuts the drain short
+        self.stop_requests = 1  # even if more have come: a request from now on cuts it short
         self._max_connections = math.inf
         self._max_silent_rounds = DRAIN_SILENT_ROUNDS
         self._tick = DRAIN_TICK
@@ -612,15 +614,16 @@ class PollServer:
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        But if a shortage has paused them, and a backlog still has peers, they stay open until the
-        next round.
+        If a shortage pauses accepting before the backlogs are empty, the next round tries again.
         """
         for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        if not has_event(dict.fromkeys(self._paused_listeners(), READ_ONLY)):
-            self._close_listeners()
+        if has_event(dict.fromkeys(self._paused_listeners(), READ_ONLY)):
+            return
+        # The backlogs are empty, or have only peers that came after the stop.
+        self._close_listeners()
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -659,7 +662,7 @@ class Poller:
         """Poll a descriptor for these events, instead of those before."""
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
-        self.masks[fd] = mask  # last: a listener that failed to register is still paused
+        self.masks[fd] = mask  # last: what failed to register must not stand there
         self._recent.add(fd)
 
     def unregister(self, fd: int) -> None:
@@ -672,19 +675,20 @@ class Poller:
     def poll(self, deadline: float) -> list[tuple[int, int]]:
         """Wait for events until the deadline, in seconds of time.monotonic().
 
-        Returns each event with its descriptor.  Raises ``OSError`` as poll(2) does.
+        If the next full poll is not due, the busy descriptors are polled until then.  If they have
+        no event, all are polled.  Returns each event with its descriptor.  Raises ``OSError`` as
+        poll(2) does.
         """
+        events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
             # poll() rounds a wait up to whole milliseconds, so it is told to end one earlier.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
-            if events:
-                self._recent |= dict(events).keys()
-                return events
-        # The full poll is due.  Or no busy descriptor has an event, so it costs no busy peer time.
-        events = self._wait(self._all, deadline)
-        idle = len(self.masks) - len(events)
-        if idle > self.FEW:
-            self._choose_busy(events)
+            self._recent |= dict(events).keys()
+        if not events:
+            events = self._wait(self._all, deadline)
+            idle = len(self.masks) - len(events)
+            if idle > self.FEW:
+                self._choose_busy(events)
         return events
 
     def _choose_busy(self, events: list[tuple[int, int]]) -> None:
