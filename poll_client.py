@@ -103,9 +103,9 @@ class Conversation:
             events = dict(poller.poll(self.local.poll_timeout()))
             if not events:
                 self.local.on_silence()
-            # Input is read before the server's text is shown, which may take a while.  If Ctrl-Z
-            # comes meanwhile, the terminal drops its input (termios(3), NOFLSH), and to read what
-            # poll has reported would block.
+            # Input is read before the server's text is shown.  To show text may take a while, and
+            # if Ctrl-Z comes in that time, the terminal drops the input that poll has reported
+            # (termios(3), NOFLSH).  Then to read it would block.
             if 0 in events:
                 self._read()
             flags = events.get(self.sock.fileno(), 0)
@@ -492,7 +492,7 @@ class ReadlineSession(TerminalSession):
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
     def _is_taller_than_screen(self) -> bool:
-        """Whether the input line may be."""
+        """Whether the input line may need more rows than the screen has."""
         typed = (self._typed.value or b"").decode(errors="replace")
         _, rows = screen_size()
         return rows_needed(self._unfinished_line + PROMPT + typed) > rows
@@ -585,7 +585,7 @@ def load_readline() -> Any:
         import ctypes
         import readline
 
-        # It has the functions of the libraries that it is linked with, too: readline and libc.
+        # The module's file has the functions of the libraries that it uses, too: readline and libc.
         library = ctypes.CDLL(readline.__file__)
         library.rl_get_termcap.restype = ctypes.c_char_p
         erase_sequence = library.rl_get_termcap(b"ce")  # to the end of the row: termcap(5)
@@ -704,6 +704,7 @@ class Parser(argparse.ArgumentParser):
     """Ends with status 2 at a usage error, also if standard error cannot be written."""
 
     def error(self, message: str) -> NoReturn:
+        self.color = False  # Python 3.14 would ask standard output whether it takes colours
         say(f"{self.format_usage()}{self.prog}: error: {message}")
         sys.exit(2)
 

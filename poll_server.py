@@ -82,7 +82,7 @@ DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 
 PORT_TRIES = 10  # for port 0: the port that one address gets may be in use on the next one
 TICK = 1.0  # seconds from one round of housekeeping to the next; less for a short idle timeout
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
-DRAIN_SILENT_ROUNDS = 4  # 0.2 s; a Nagle algorithm may hold bytes back for 0.04 s
+DRAIN_SILENT_ROUNDS = 4  # 0.2 s, well above the 0.04 s for which Nagle may hold back bytes
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
 PAUSE_LOG_INTERVAL = 5.0  # seconds between two lines that say that accepting is paused
 
@@ -428,8 +428,9 @@ class PollServer:
     def _close_early(self, fd: int, connection: Connection, why: str) -> None:
         """Close a connection; count it as cut if its peer has not all its bytes.
 
-        If ``MemoryError`` interrupts this, the connection is dropped all the same, as handle() may
-        have lost bytes of it.  To drop it twice does no harm.
+        If ``MemoryError`` interrupts this, the connection is dropped all the same.  It cannot go
+        on: handle() may have received bytes, and found no memory to queue them.  To drop it twice
+        does no harm.
         """
         try:
             undelivered = connection.undelivered()
@@ -604,7 +605,7 @@ class PollServer:
             drained = not self.fd_to_socket and not self._listeners
             if drained or self.stop_requests > 1 or time.monotonic() >= end:
                 break
-        if self._listeners:  # peers are left in the backlogs: however many, they count as one
+        if self._listeners:  # peers may be left in the backlogs: however many, they count as one
             self.cut += 1
         for fd, connection in list(self.fd_to_socket.items()):
             self._close_early(fd, connection, "cut")
@@ -620,10 +621,10 @@ class PollServer:
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        if has_event(dict.fromkeys(self._paused_listeners(), READ_ONLY)):
-            return
-        # The backlogs are empty, or have only peers that came after the stop.
-        self._close_listeners()
+        paused = self._paused_listeners()
+        # The backlogs of the others are empty, or have only peers that came after the stop.
+        if not has_event(dict.fromkeys(paused, READ_ONLY)):
+            self._close_listeners()
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -638,7 +639,7 @@ class Poller:
 
     The kernel looks at every descriptor of a poll.  A full poll has all descriptors, and costs
     0.1 us or more for each.  So it is followed by polls of the busy descriptors alone, for a
-    time that grows with the number of all of them (PATIENCE).  An idle descriptor that gets an
+    time that grows with the number of all descriptors (PATIENCE).  An idle descriptor that gets an
     event waits for that time, and for the work on the events of one poll, at most.
 
     ``_recent`` collects the descriptors that have an event or get registered.  If a full poll
@@ -681,7 +682,8 @@ class Poller:
         """
         events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
-            # poll() rounds a wait up to whole milliseconds, so it is told to end one earlier.
+            # poll() rounds a wait up to whole milliseconds, so it is told to end a millisecond
+            # earlier.  If that is past already, it does not wait.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             self._recent |= dict(events).keys()
         if not events:
@@ -917,7 +919,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add = parser.add_argument
     add("--host", default="localhost", help="name or address to listen on (default: %(default)s)")
     add("--port", type=port_number, default=8800, help="0: take a free one (default: %(default)s)")
-    add("--max-connections", type=int, metavar="N", help="leave the rest in the backlog")
+    add(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="peers at a time; others wait in the backlog",
+    )
     add("--idle-timeout", type=float, metavar="SECONDS", help="0.01 or more: close silent peers")
     add("--reuse-port", action="store_true", help="share the port with other processes")
     loudness = parser.add_mutually_exclusive_group()

@@ -660,6 +660,16 @@ def test_ctrl_d_says_nothing_where_the_server_closes_soon(talk):
     assert WAITING not in user.rows() or not soon, user.rows()
 
 
+def test_a_usage_error_in_a_file_has_no_colours(terminal, tmp_path):
+    """Standard output is a terminal, for which argparse of Python 3.14 colours its texts."""
+    with open(tmp_path / "messages", "wb") as messages:
+        user = terminal(8800, "--port", "http", stderr=messages)
+    wait_until(lambda: user.process.poll() is not None, "the client's end")
+    said = (tmp_path / "messages").read_text()
+    assert said.startswith("usage: poll_client ")
+    assert "\x1b" not in said
+
+
 def test_input_from_a_pipe_is_copied_and_the_terminal_gets_the_copy_alone(terminal, server):
     user = terminal(server.port, wrapper=("sh", "-c", 'echo hi | "$@"', "sh"))
     user.ends(0)
