@@ -232,7 +232,9 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        self._prompting = True  # whether the input line has a prompt now
+        self._prompting = (
+            True  # whether the input line has a prompt, or gets it when it is drawn next
+        )
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
@@ -277,9 +279,12 @@ class TerminalSession(LocalSide):
         """Draw the input line, with the prompt if it is time for it."""
         raise NotImplementedError
 
+    def _erase_input_line(self) -> None:
+        """Erase the input line, where that is possible."""
+
     def _redraw_input_line(self) -> None:
-        """Draw the input line in place of what has been drawn of it."""
-        raise NotImplementedError
+        self._erase_input_line()
+        self._draw_input_line()
 
     def _start_new_row(self) -> None:
         """Move the cursor to the start of a row, below the input line."""
@@ -310,14 +315,15 @@ class TerminalSession(LocalSide):
         only to a stopped job, and without SIGCONT nothing would take the terminal.
         """
         if in_background():
-            # The process stops in this call.  When it goes on, _resume runs before this returns.
+            # The process stops in this call.  When it goes on, _resume takes the terminal before
+            # this returns.  In an orphaned process group it does not stop, and has no terminal.
             signal.raise_signal(signal.SIGTTIN)
-            return
-        self._set_handler("TSTP", self._suspend)
-        self._set_modes()
-        write("\r")  # a shell may have written to this row: the prompt is drawn over it
-        self._draw_input_line()
-        self._suspended = False
+        else:
+            self._set_handler("TSTP", self._suspend)
+            self._set_modes()
+            write("\r")  # a shell may have written to this row: the prompt is drawn over it
+            self._draw_input_line()
+            self._suspended = False
 
     def _leave_for_signal(self) -> None:
         """Leave the terminal before a signal ends or stops the process."""
@@ -340,7 +346,8 @@ class TerminalSession(LocalSide):
         self._leave_for_signal()
         self._suspended = True
         signal.signal(number, signal.SIG_DFL)
-        # The process stops in this call.  When it goes on, _resume runs before this returns.
+        # The process stops in this call.  When it goes on, _resume takes the terminal before this
+        # returns.
         signal.raise_signal(number)
         # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
         # Then the process was not stopped, and no SIGCONT has come.
@@ -385,10 +392,8 @@ class PlainSession(TerminalSession):
         if self._prompting:
             write(PROMPT)
 
-    def _redraw_input_line(self) -> None:
-        self._draw_input_line()  # nothing can be erased
-
     def _start_new_row(self) -> None:
+        # What is typed before there is a prompt is not known here.
         if self._row_has_text or self._prompting:
             write("\n")
             self._row_has_text = False
@@ -482,7 +487,7 @@ class ReadlineSession(TerminalSession):
         # prompt was shown before, it stays, to the right of that line.
         if text.endswith("\n"):
             self._prompting = True
-        self._erase()
+        self._erase_input_line()
         write(above)
         if above and self._is_taller_than_screen():
             # readline 8.3 clears the screen before it draws a line that is taller than the screen.
@@ -504,18 +509,13 @@ class ReadlineSession(TerminalSession):
         # readline counts columns by the locale, which may differ from what Python writes in.
         return text.encode(locale.nl_langinfo(locale.CODESET), "backslashreplace")
 
-    def _erase(self) -> None:
-        """Erase the input line from the screen."""
+    def _erase_input_line(self) -> None:
         self._library.rl_clear_visible_line()
         self._library.fflush(None)  # rl_redisplay() flushes by itself, the call above does not
 
-    def _redraw_input_line(self) -> None:
-        # After a resize of the window the order matters: readline erases by the old size.
-        self._erase()
-        self._draw_input_line()
-
     def _draw_input_line(self) -> None:
-        self._library.rl_reset_screen_size()  # the window may have been resized
+        # The window may have been resized.  This comes after the erasure, which needs the old size.
+        self._library.rl_reset_screen_size()
         self._size_at_draw = screen_size()
         self._library.rl_set_prompt(self._prompt_text())
         self._library.rl_on_new_line()
@@ -524,7 +524,7 @@ class ReadlineSession(TerminalSession):
     def _start_new_row(self) -> None:
         self._library.rl_end_of_line(1, 0)  # the cursor may be anywhere in the typed text
         self._library.rl_redisplay()
-        if self._unfinished_line or self._prompting:
+        if self._unfinished_line or self._prompting:  # with typed text there is a prompt: read()
             write("\n")
 
     def _set_modes(self) -> None:

@@ -232,8 +232,8 @@ class PollServer:
         machine's if the host is empty, with the same port on each.  Port 0 takes a free one.
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel.  A stop serves the waiting ones, too.  None: there is no limit.
-    idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed at this
-        time or up to a second later.  One that waits for bytes is kept as long as its kernel
+    idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed after
+        this time, or up to a second later.  One that waits for bytes is kept as long as its kernel
         acknowledges some of them within this time.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
@@ -429,8 +429,7 @@ class PollServer:
         """Close a connection; count it as cut if its peer has not all its bytes.
 
         If ``MemoryError`` interrupts this, the connection is dropped all the same.  It cannot go
-        on: handle() may have received bytes, and found no memory to queue them.  To drop it twice
-        does no harm.
+        on: handle() may have received bytes, and found no memory to queue them.
         """
         try:
             undelivered = connection.undelivered()
@@ -438,8 +437,9 @@ class PollServer:
                 self.cut += 1
                 self.lost += undelivered
             self._close(fd, why, undelivered)
-        finally:
+        except MemoryError:
             self._drop(fd, connection)
+            raise
 
     def _free_memory(self) -> None:
         """Cut the connection with the most unsent bytes, or wait if there are none.
@@ -501,7 +501,7 @@ class PollServer:
             self._poller.register(fd, READ_ONLY)
 
     def _paused_listeners(self) -> list[int]:
-        """The descriptors of those that are not registered: not yet, or since a pause."""
+        """The descriptors of the listeners that are not registered, as when accepting is paused."""
         return [fd for fd in self._listeners if fd not in self._poller.masks]
 
     def _housekeep(self) -> None:
@@ -615,15 +615,15 @@ class PollServer:
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        If a shortage pauses accepting before the backlogs are empty, the next round tries again.
+        Two kinds of peers may be left.  If a shortage has paused accepting, the next round tries
+        again.  Peers that came after the stop are not accepted.
         """
         for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 if not self._accept(listener):
                     break
-        paused = self._paused_listeners()
-        # The backlogs of the others are empty, or have only peers that came after the stop.
-        if not has_event(dict.fromkeys(paused, READ_ONLY)):
+        shortage_keeps_peers = has_event(dict.fromkeys(self._paused_listeners(), READ_ONLY))
+        if not shortage_keeps_peers:
             self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -683,7 +683,7 @@ class Poller:
         events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
             # poll() rounds a wait up to whole milliseconds, so it is told to end a millisecond
-            # earlier.  If that is past already, it does not wait.
+            # earlier.  With fewer than 500 descriptors that is always past: it does not wait then.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             self._recent |= dict(events).keys()
         if not events:
