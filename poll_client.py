@@ -224,7 +224,10 @@ class Copier(LocalSide):
 
 
 class TerminalSession(LocalSide):
-    """A person types lines: signals, job control, and the time of the prompt.
+    """A person types lines.
+
+    Signals, job control and the time of the prompt are here.  What the two classes that follow do
+    in their own way is to read, to draw and to erase.
 
     The reply comes before the prompt: after Enter, the prompt comes with the first text of the
     server that ends with a newline, or when the server was silent for a while (PATIENCE).  With
@@ -232,9 +235,8 @@ class TerminalSession(LocalSide):
     """
 
     def __init__(self) -> None:
-        self._prompting = (
-            True  # whether the input line has a prompt, or gets it when it is drawn next
-        )
+        # Whether the input line has a prompt, or gets it when it is drawn next.
+        self._prompting = True
         utf_8 = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
         self._found_modes = termios.tcgetattr(0)  # _leave_for_signal restores them
@@ -315,8 +317,8 @@ class TerminalSession(LocalSide):
         only to a stopped job, and without SIGCONT nothing would take the terminal.
         """
         if in_background():
-            # The process stops in this call.  When it goes on, _resume takes the terminal before
-            # this returns.  In an orphaned process group it does not stop, and has no terminal.
+            # The process stops in this call.  When it goes on, _resume takes the terminal, before
+            # the call returns.
             signal.raise_signal(signal.SIGTTIN)
         else:
             self._set_handler("TSTP", self._suspend)
@@ -346,8 +348,8 @@ class TerminalSession(LocalSide):
         self._leave_for_signal()
         self._suspended = True
         signal.signal(number, signal.SIG_DFL)
-        # The process stops in this call.  When it goes on, _resume takes the terminal before this
-        # returns.
+        # The process stops in this call.  When it goes on, _resume takes the terminal, before the
+        # call returns.
         signal.raise_signal(number)
         # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
         # Then the process was not stopped, and no SIGCONT has come.
@@ -393,7 +395,7 @@ class PlainSession(TerminalSession):
             write(PROMPT)
 
     def _start_new_row(self) -> None:
-        # What is typed before there is a prompt is not known here.
+        # Only the terminal knows of keys typed before the prompt.  The cursor stays behind them.
         if self._row_has_text or self._prompting:
             write("\n")
             self._row_has_text = False
@@ -475,12 +477,12 @@ class ReadlineSession(TerminalSession):
     def _show_text(self, text: str) -> None:
         # readline would count a tab in the prompt as one column.
         shown = (self._unfinished_line + escape_controls(text)).expandtabs()
-        lines, newline, self._unfinished_line = shown.rpartition("\n")
-        above = lines + newline
-        _, rows = screen_size()
+        ended, newline, self._unfinished_line = shown.rpartition("\n")
+        above = ended + newline
+        columns, rows = screen_size()
         # An unfinished line of more than half a screen is broken off: text that has left the
         # screen cannot be erased, and the typed text needs room, too.
-        if rows_needed(self._unfinished_line) > rows / 2:
+        if cells_needed(self._unfinished_line) > columns * rows / 2:
             above += self._unfinished_line + "\n"
             self._unfinished_line = ""
         # Text that ends with a newline brings the prompt; an unfinished line does not.  But if the
@@ -489,18 +491,18 @@ class ReadlineSession(TerminalSession):
             self._prompting = True
         self._erase_input_line()
         write(above)
-        if above and self._is_taller_than_screen():
+        if above and self._fills_screen():
             # readline 8.3 clears the screen before it draws a line that is taller than the screen.
             # The text above would be lost, so newlines move it into the terminal's scrollback.
             write("\n" * rows)
         self._draw_input_line()
         select.select([0], [], [], REDRAW_PAUSE)  # a key ends it
 
-    def _is_taller_than_screen(self) -> bool:
-        """Whether the input line may need more rows than the screen has."""
+    def _fills_screen(self) -> bool:
+        """Whether the input line may fill the screen, or need more."""
         typed = (self._typed.value or b"").decode(errors="replace")
-        _, rows = screen_size()
-        return rows_needed(self._unfinished_line + PROMPT + typed) > rows
+        columns, rows = screen_size()
+        return cells_needed(self._unfinished_line + PROMPT + typed) >= columns * rows
 
     def _prompt_text(self) -> bytes:
         """What readline is to draw before the typed text."""
@@ -524,7 +526,8 @@ class ReadlineSession(TerminalSession):
     def _start_new_row(self) -> None:
         self._library.rl_end_of_line(1, 0)  # the cursor may be anywhere in the typed text
         self._library.rl_redisplay()
-        if self._unfinished_line or self._prompting:  # with typed text there is a prompt: read()
+        # Typed text has a prompt before it, as a key brings the prompt.
+        if self._unfinished_line or self._prompting:
             write("\n")
 
     def _set_modes(self) -> None:
@@ -601,10 +604,9 @@ def screen_size() -> tuple[int, int]:
     return columns or 80, rows or 24
 
 
-def rows_needed(text: str) -> int:
-    """Rows that a line and the cursor need at most; a byte takes one column at most."""
-    columns, _ = screen_size()
-    return 1 + len(for_stdout(escape_controls(text).expandtabs())) // columns
+def cells_needed(text: str) -> int:
+    """Cells of the screen that a line needs, at most: a byte takes one or none."""
+    return len(for_stdout(escape_controls(text).expandtabs()))
 
 
 def in_background() -> bool:

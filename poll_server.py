@@ -80,7 +80,7 @@ QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 Ki
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
 PORT_TRIES = 10  # for port 0: the port that one address gets may be in use on the next one
-TICK = 1.0  # seconds from one round of housekeeping to the next; less for a short idle timeout
+TICK = 1.0  # seconds between two rounds of housekeeping, at most
 DRAIN_TICK = 0.05  # seconds between two rounds in a drain, so that a stop seems immediate
 DRAIN_SILENT_ROUNDS = 4  # 0.2 s, well above the 0.04 s for which Nagle may hold back bytes
 RETRY = 0.1  # seconds before the next try, when poll() has failed or memory is short
@@ -615,8 +615,8 @@ class PollServer:
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners.
 
-        Two kinds of peers may be left.  If a shortage has paused accepting, the next round tries
-        again.  Peers that came after the stop are not accepted.
+        If a shortage has paused accepting, and peers are left, the next round tries again.  If
+        others are left, they came in the meantime, and are not waited for.
         """
         for listener in list(self._listeners.values()):
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
@@ -682,8 +682,8 @@ class Poller:
         """
         events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
-            # poll() rounds a wait up to whole milliseconds, so it is told to end a millisecond
-            # earlier.  With fewer than 500 descriptors that is always past: it does not wait then.
+            # poll() rounds a wait up to whole milliseconds.  So it is told to end a millisecond
+            # before the full poll is due, and it does not wait if less than that is left.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             self._recent |= dict(events).keys()
         if not events:
@@ -705,8 +705,8 @@ class Poller:
     def _wait(self, poller: select.poll, deadline: float) -> list[tuple[int, int]]:
         """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
 
-        If the last sleep was shorter than SPIN, it polls with timeout 0 for that time: to fall
-        asleep and to wake up again would take longer.
+        If an event ended the last sleep within SPIN, it polls with timeout 0 for that time: to
+        fall asleep and to wake up again would take longer.
         """
         events = poller.poll(0)
         if self._last_sleep_was_short and not events:
