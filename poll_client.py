@@ -289,7 +289,7 @@ class TerminalSession(LocalSide):
         self._draw_input_line()
 
     def _start_new_row(self) -> None:
-        """Move the cursor to the start of a row, below the input line."""
+        """Move the cursor to the start of a row, below what is known of the input line."""
         raise NotImplementedError
 
     def _set_modes(self) -> None:
@@ -314,7 +314,8 @@ class TerminalSession(LocalSide):
         """Prepare the terminal and show the prompt; called at the start and after each stop.
 
         In the background the process stops itself, by SIGTTIN: the shell's ``fg`` sends SIGCONT
-        only to a stopped job, and without SIGCONT nothing would take the terminal.
+        only to a stopped job, and without SIGCONT nothing would take the terminal.  In an orphaned
+        process group, which no shell could continue, the kernel ignores SIGTTIN and SIGTSTP.
         """
         if in_background():
             # The process stops in this call.  When it goes on, _resume takes the terminal, before
@@ -351,8 +352,7 @@ class TerminalSession(LocalSide):
         # The process stops in this call.  When it goes on, _resume takes the terminal, before the
         # call returns.
         signal.raise_signal(number)
-        # In an orphaned process group, which no shell could continue, the kernel ignores SIGTSTP.
-        # Then the process was not stopped, and no SIGCONT has come.
+        # In an orphaned process group the process was not stopped, and no SIGCONT has come.
         if self._suspended:
             self._take_terminal()
 
@@ -395,7 +395,6 @@ class PlainSession(TerminalSession):
             write(PROMPT)
 
     def _start_new_row(self) -> None:
-        # Only the terminal knows of keys typed before the prompt.  The cursor stays behind them.
         if self._row_has_text or self._prompting:
             write("\n")
             self._row_has_text = False
@@ -471,7 +470,7 @@ class ReadlineSession(TerminalSession):
             self._library.add_history(text)
         self._lines.append(text + b"\n")
         self._prompting = False
-        # The server has not ended an unfinished line yet: it is drawn again.  PROMPT comes later.
+        # An unfinished line is drawn again, as Enter does not end it.  PROMPT comes later.
         self._library.rl_set_prompt(self._prompt_text())
 
     def _show_text(self, text: str) -> None:
@@ -526,7 +525,7 @@ class ReadlineSession(TerminalSession):
     def _start_new_row(self) -> None:
         self._library.rl_end_of_line(1, 0)  # the cursor may be anywhere in the typed text
         self._library.rl_redisplay()
-        # Typed text has a prompt before it, as a key brings the prompt.
+        # A key brings the prompt, so where there is typed text, there is a prompt.
         if self._unfinished_line or self._prompting:
             write("\n")
 
@@ -605,7 +604,7 @@ def screen_size() -> tuple[int, int]:
 
 
 def cells_needed(text: str) -> int:
-    """Cells of the screen that a line needs, at most: a byte takes one or none."""
+    """Cells of the screen that a line needs, at most: no character has more cells than bytes."""
     return len(for_stdout(escape_controls(text).expandtabs()))
 
 

@@ -406,7 +406,7 @@ class PollServer:
         """Close the socket, and take the connection out of the table and the poller.
 
         If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
-        loop does the rest then.
+        loop forgets it then.
         """
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
@@ -497,12 +497,9 @@ class PollServer:
             log.log(level, "not accepting: %s; new peers wait in the backlog", why)
 
     def _resume_accepting(self) -> None:
-        for fd in self._paused_listeners():
-            self._poller.register(fd, READ_ONLY)
-
-    def _paused_listeners(self) -> list[int]:
-        """The descriptors of the listeners that are not registered, as when accepting is paused."""
-        return [fd for fd in self._listeners if fd not in self._poller.masks]
+        for fd in self._listeners:
+            if fd not in self._poller.masks:
+                self._poller.register(fd, READ_ONLY)
 
     def _housekeep(self) -> None:
         """One round: accept again, count the silence of every connection, and check silent ones.
@@ -613,18 +610,15 @@ class PollServer:
             log.warning("cut %d connections, %d bytes lost", self.cut, self.lost)
 
     def _accept_rest(self) -> None:
-        """Accept all peers in the backlogs, as they may have sent; then close the listeners.
-
-        If a shortage has paused accepting, and peers are left, the next round tries again.  If
-        others are left, they came in the meantime, and are not waited for.
-        """
-        for listener in list(self._listeners.values()):
+        """Accept all peers in the backlogs, as they may have sent; then close the listeners."""
+        for fd, listener in self._listeners.items():
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
-                if not self._accept(listener):
-                    break
-        shortage_keeps_peers = has_event(dict.fromkeys(self._paused_listeners(), READ_ONLY))
-        if not shortage_keeps_peers:
-            self._close_listeners()
+                accepted = self._accept(listener)
+                if not has_event({fd: READ_ONLY}):
+                    break  # the backlog is empty
+                if not accepted:
+                    return  # for a shortage; the next round tries again
+        self._close_listeners()
 
     def _close_listeners(self) -> None:
         while self._listeners:
@@ -640,11 +634,11 @@ class Poller:
     The kernel looks at every descriptor of a poll.  A full poll has all descriptors, and costs
     0.1 us or more for each.  So it is followed by polls of the busy descriptors alone, for a
     time that grows with the number of all descriptors (PATIENCE).  An idle descriptor that gets an
-    event waits for that time, and for the work on the events of one poll, at most.
+    event waits for that time at most, and for the work on the events of one poll.
 
-    ``_recent`` collects the descriptors that have an event or get registered.  If a full poll
-    finds more than FEW idle descriptors, those in ``_recent`` become the busy ones, and ``_recent``
-    begins anew.
+    ``_recent`` collects the descriptors that have an event or get registered.  When a full poll
+    finds more than FEW idle descriptors, a new ``_busy`` is made of ``_recent``, which begins anew.
+    Until the next time, ``_busy`` also gets each descriptor that is registered.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -677,8 +671,8 @@ class Poller:
         """Wait for events until the deadline, in seconds of time.monotonic().
 
         If the next full poll is not due, the busy descriptors are polled until then.  If they have
-        no event, all are polled.  Returns each event with its descriptor.  Raises ``OSError`` as
-        poll(2) does.
+        no event, all are polled, due or not.  Returns each event with its descriptor.  Raises
+        ``OSError`` as poll(2) does.
         """
         events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
