@@ -75,7 +75,7 @@ READ_WRITE = READ_ONLY | WRITE_ONLY
 
 RECEIVE_SIZE = 224 * 1024  # bytes, without a queue; with 128 KiB, bulk transfers are 3 % slower
 SMALL_RECEIVE_SIZE = 8 * 1024  # bytes, while there is a queue
-QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB, so 240 KiB are the bound
+QUEUE_CHUNKS = 3  # one of at most 224 KiB, then two of at most 8 KiB: 240 KiB is the bound
 
 BACKLOG = socket.SOMAXCONN  # connections; the system may allow fewer: listen(2)
 DESCRIPTORS_PER_ACCEPT = 100  # one accept per event, and one more for each 100 descriptors
@@ -144,9 +144,10 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
+        # With a queue, receive only if POLLIN is the only event, or else send: after POLLOUT that
+        # makes the queue shorter; after POLLERR, POLLHUP or POLLNVAL it raises the reason.  The next
+        # poll repeats a POLLIN.
         if self.queue is not None and flags != select.POLLIN:
-            # POLLOUT: send makes the queue shorter.  POLLERR, POLLHUP or POLLNVAL: send raises the
-            # reason.  POLLIN may be among the flags, too; the next poll repeats it.
             self._send_chunk(self.queue)
             return 0
         limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
@@ -405,8 +406,8 @@ class PollServer:
     def _drop(self, fd: int, connection: Connection) -> None:
         """Close the socket, and take the connection out of the table and the poller.
 
-        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
-        loop forgets it then.
+        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL).  Then
+        _handle_failure or _handle_listener_or_wake_up removes what is left of it.
         """
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
@@ -590,7 +591,8 @@ class PollServer:
         """
         log.info("stopping: %d connections are open", len(self.fd_to_socket))
         end = time.monotonic() + self.grace
-        self.stop_requests = 1  # even if more have come: a request from now on cuts it short
+        # Requests until now asked for the drain, however many.  A later one cuts it short.
+        self.stop_requests = 1
         self._max_connections = math.inf
         self._max_silent_rounds = DRAIN_SILENT_ROUNDS
         self._tick = DRAIN_TICK
@@ -614,10 +616,11 @@ class PollServer:
         for fd, listener in self._listeners.items():
             for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
                 accepted = self._accept(listener)
-                if not has_event({fd: READ_ONLY}):
-                    break  # the backlog is empty
-                if not accepted:
-                    return  # for a shortage; the next round tries again
+                peer_waits = has_event({fd: READ_ONLY})
+                if not peer_waits:
+                    break
+                if not accepted:  # although a peer waits: there is a shortage
+                    return  # the next round tries again
         self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -636,9 +639,9 @@ class Poller:
     time that grows with the number of all descriptors (PATIENCE).  An idle descriptor that gets an
     event waits for that time at most, and for the work on the events of one poll.
 
-    ``_recent`` collects the descriptors that have an event or get registered.  When a full poll
-    finds more than FEW idle descriptors, a new ``_busy`` is made of ``_recent``, which begins anew.
-    Until the next time, ``_busy`` also gets each descriptor that is registered.
+    The busy descriptors are chosen after a full poll that finds more than FEW idle ones.  They are
+    those that had an event, or were registered, since the busy ones were chosen before
+    (``_recent``).  A descriptor that is registered later joins ``_busy`` at once.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -657,7 +660,7 @@ class Poller:
         """Poll a descriptor for these events, instead of those before."""
         self._all.register(fd, mask)
         self._busy.register(fd, mask)
-        self.masks[fd] = mask  # last: what failed to register must not stand there
+        self.masks[fd] = mask  # after both: what failed to register must not stand there
         self._recent.add(fd)
 
     def unregister(self, fd: int) -> None:
