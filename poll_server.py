@@ -144,10 +144,9 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        # With a queue, receive only if POLLIN is the only event, or else send: after POLLOUT that
-        # makes the queue shorter; after POLLERR, POLLHUP or POLLNVAL it raises the reason.  The next
-        # poll repeats a POLLIN.
         if self.queue is not None and flags != select.POLLIN:
+            # There is another event than POLLIN.  POLLOUT: send makes the queue shorter.  POLLERR,
+            # POLLHUP or POLLNVAL: send raises the reason.  The next poll repeats POLLIN.
             self._send_chunk(self.queue)
             return 0
         limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
@@ -373,8 +372,7 @@ class PollServer:
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self._listeners.get(fd)
         if listener is None:
-            # The wake-up, needed once, or a descriptor that _drop could not unregister for want of
-            # memory.
+            # The wake-up, which is needed once, or what an interrupted _drop has left.
             self._poller.unregister(fd)  # or poll() would report it again and again
             return
         if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
@@ -407,7 +405,7 @@ class PollServer:
         """Close the socket, and take the connection out of the table and the poller.
 
         If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL).  Then
-        _handle_failure or _handle_listener_or_wake_up removes what is left of it.
+        it is removed, also if it is no longer in the table.
         """
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
@@ -640,8 +638,8 @@ class Poller:
     event waits for that time at most, and for the work on the events of one poll.
 
     The busy descriptors are chosen after a full poll that finds more than FEW idle ones.  They are
-    those that had an event, or were registered, since the busy ones were chosen before
-    (``_recent``).  A descriptor that is registered later joins ``_busy`` at once.
+    those that had an event, or were registered, since the last choice (``_recent``).  A descriptor
+    that is registered later joins ``_busy`` at once.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -673,8 +671,8 @@ class Poller:
     def poll(self, deadline: float) -> list[tuple[int, int]]:
         """Wait for events until the deadline, in seconds of time.monotonic().
 
-        If the next full poll is not due, the busy descriptors are polled until then.  If they have
-        no event, all are polled, due or not.  Returns each event with its descriptor.  Raises
+        Unless a full poll is due, the busy descriptors are polled first.  If they have no event, all
+        are polled, even before that is due.  Returns each event with its descriptor.  Raises
         ``OSError`` as poll(2) does.
         """
         events: list[tuple[int, int]] = []
