@@ -144,9 +144,10 @@ class Connection:
         Raises ``OSError`` as recv(2) and send(2) do.  ``BlockingIOError`` means that the event
         is over (poll(2), BUGS); any other one is the end of the connection.
         """
-        if self.queue is not None and flags != select.POLLIN:
-            # There is another event than POLLIN.  POLLOUT: send makes the queue shorter.  POLLERR,
-            # POLLHUP or POLLNVAL: send raises the reason.  The next poll repeats POLLIN.
+        if self.queue is not None and flags & ~select.POLLIN:
+            # There are events besides POLLIN, or instead of it.  POLLOUT: send makes the queue
+            # shorter.  POLLERR, POLLHUP or POLLNVAL: send raises the reason.  The next poll repeats
+            # POLLIN.
             self._send_chunk(self.queue)
             return 0
         limit = RECEIVE_SIZE if self.queue is None else SMALL_RECEIVE_SIZE
@@ -307,8 +308,8 @@ class PollServer:
         first = next(iter(self._listeners.values()))
         self.server_address: tuple[str, int] = first.getsockname()[:2]
         # The self-pipe trick: a byte written to one end makes the other end readable.  That ends
-        # the poll() that is waiting, or the next one.  It is needed once: during a drain the loop
-        # looks at stop_requests every DRAIN_TICK.
+        # the poll() that is waiting, or the next one.  The byte is never read, as one wake-up is
+        # enough: during a drain the loop looks at stop_requests every DRAIN_TICK.
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
         self._poller.register(self._wake_reader.fileno(), READ_ONLY)
@@ -372,15 +373,13 @@ class PollServer:
     def _handle_listener_or_wake_up(self, fd: int, flags: int) -> None:
         listener = self._listeners.get(fd)
         if listener is None:
-            # The wake-up, which is needed once, or what an interrupted _drop has left.
-            self._poller.unregister(fd)  # or poll() would report it again and again
+            # The wake-up, or an unknown descriptor.  poll() would report it again and again.
+            self._poller.unregister(fd)
             return
         if log.isEnabledFor(logging.DEBUG):  # else a short connection costs 1 % more
             log.debug("listener: %s", flag_names(flags))
         # The more descriptors, the longer a poll takes: so more are accepted after each.
-        for _ in range(1 + len(self._poller.masks) // DESCRIPTORS_PER_ACCEPT):
-            if not self._accept(listener):
-                break
+        self._accept_some(listener, 1 + len(self._poller.masks) // DESCRIPTORS_PER_ACCEPT)
 
     def _handle_failure(self, fd: int, connection: Connection, flags: int, error: OSError) -> None:
         """Close a connection whose receive or send has failed."""
@@ -404,8 +403,8 @@ class PollServer:
     def _drop(self, fd: int, connection: Connection) -> None:
         """Close the socket, and take the connection out of the table and the poller.
 
-        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL).  Then
-        it is removed, also if it is no longer in the table.
+        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
+        loop does the rest: it handles a connection as failed, and unregisters what is unknown.
         """
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
@@ -452,6 +451,14 @@ class PollServer:
                 self._close_early(fd, connections[fd], "out of memory")
             else:
                 time.sleep(RETRY)
+
+    def _accept_some(self, listener: socket.socket, most: int) -> bool:
+        """Accept connections, at most so many; returns whether there may be more to accept."""
+        accepting = True
+        while accepting and most:
+            accepting = self._accept(listener)
+            most -= 1
+        return accepting
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one connection; returns whether there may be another one to accept."""
@@ -612,13 +619,10 @@ class PollServer:
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners."""
         for fd, listener in self._listeners.items():
-            for _ in range(BACKLOG + 1):  # what a backlog holds; new peers might come for ever
-                accepted = self._accept(listener)
-                peer_waits = has_event({fd: READ_ONLY})
-                if not peer_waits:
-                    break
-                if not accepted:  # although a peer waits: there is a shortage
-                    return  # the next round tries again
+            # So many peers fit into a backlog.  New ones might come for ever.
+            may_be_more = self._accept_some(listener, BACKLOG + 1)
+            if not may_be_more and has_event({fd: READ_ONLY}):
+                return  # a peer waits, but there is a shortage: the next round tries again
         self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -671,8 +675,8 @@ class Poller:
     def poll(self, deadline: float) -> list[tuple[int, int]]:
         """Wait for events until the deadline, in seconds of time.monotonic().
 
-        Unless a full poll is due, the busy descriptors are polled first.  If they have no event, all
-        are polled, even before that is due.  Returns each event with its descriptor.  Raises
+        Unless a full poll is due, the busy descriptors are polled first.  If they have no event,
+        all are polled, even before that is due.  Returns each event with its descriptor.  Raises
         ``OSError`` as poll(2) does.
         """
         events: list[tuple[int, int]] = []
@@ -698,8 +702,9 @@ class Poller:
         self._next_full_poll = time.monotonic() + self.PATIENCE * len(self.masks)
 
     def _wait(self, poller: select.poll, deadline: float) -> list[tuple[int, int]]:
-        """Poll with timeout 0 first: that takes a third of the time of a poll that may wait.
+        """Wait for events until the deadline, which may be past already.
 
+        It polls with timeout 0 first: that takes a third of the time of a poll that may wait.
         If an event ended the last sleep within SPIN, it polls with timeout 0 for that time: to
         fall asleep and to wake up again would take longer.
         """
