@@ -234,8 +234,8 @@ class PollServer:
     max_connections: how many peers are served at a time; the others wait in the backlog of the
         kernel.  A stop serves the waiting ones, too.  None: there is no limit.
     idle_timeout: seconds, 0.01 or more.  A silent peer, one without an event, is closed after
-        this time, or up to a second later.  One that waits for bytes is kept as long as its kernel
-        acknowledges some of them within this time.  None: no peer is closed for its silence.
+        this time, or up to a second later.  A peer that waits for bytes is kept as long as its
+        kernel acknowledges some of them within this time.  None: no peer is closed for its silence.
     reuse_port: whether other processes may listen on the same port (SO_REUSEPORT, socket(7)).
     grace: seconds.  After a stop is requested, the peers have this much time to take their
         bytes.  Service managers wait for 10 seconds or more before they kill.
@@ -403,8 +403,8 @@ class PollServer:
     def _drop(self, fd: int, connection: Connection) -> None:
         """Close the socket, and take the connection out of the table and the poller.
 
-        If ``MemoryError`` interrupts this, poll() reports the closed descriptor (POLLNVAL), and the
-        loop does the rest: it handles a connection as failed, and unregisters what is unknown.
+        The poller comes last.  If ``MemoryError`` interrupts this, poll() still reports the closed
+        descriptor (POLLNVAL), so the loop can finish it.
         """
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
@@ -619,10 +619,12 @@ class PollServer:
     def _accept_rest(self) -> None:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners."""
         for fd, listener in self._listeners.items():
-            # So many peers fit into a backlog.  New ones might come for ever.
+            # A backlog holds BACKLOG + 1 peers.  Without a bound new ones might come for ever.
             may_be_more = self._accept_some(listener, BACKLOG + 1)
-            if not may_be_more and has_event({fd: READ_ONLY}):
-                return  # a peer waits, but there is a shortage: the next round tries again
+            # Accepting has ended at an empty backlog, or for a shortage: then a peer still waits.
+            shortage = not may_be_more and has_event({fd: READ_ONLY})
+            if shortage:
+                return  # the next round tries again
         self._close_listeners()
 
     def _close_listeners(self) -> None:
