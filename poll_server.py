@@ -401,15 +401,11 @@ class PollServer:
         self._close(fd, "its descriptor was closed")
 
     def _drop(self, fd: int, connection: Connection) -> None:
-        """Close the socket, and take the connection out of the table and the poller.
-
-        The poller comes last.  If ``MemoryError`` interrupts this, poll() still reports the closed
-        descriptor (POLLNVAL), so the loop can finish it.
-        """
+        """Close the socket, and take the connection out of the table and the poller."""
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
         self.fd_to_socket.pop(fd, None)
-        self._poller.unregister(fd)
+        self._poller.unregister(fd)  # last: poll() reports what a MemoryError has left (POLLNVAL)
 
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get."""
@@ -452,13 +448,11 @@ class PollServer:
             else:
                 time.sleep(RETRY)
 
-    def _accept_some(self, listener: socket.socket, most: int) -> bool:
-        """Accept connections, at most so many; returns whether there may be more to accept."""
-        accepting = True
-        while accepting and most:
-            accepting = self._accept(listener)
-            most -= 1
-        return accepting
+    def _accept_some(self, listener: socket.socket, most: int) -> None:
+        """Accept connections, ``most`` of them at most."""
+        for _ in range(most):
+            if not self._accept(listener):
+                break
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one connection; returns whether there may be another one to accept."""
@@ -620,10 +614,9 @@ class PollServer:
         """Accept all peers in the backlogs, as they may have sent; then close the listeners."""
         for fd, listener in self._listeners.items():
             # A backlog holds BACKLOG + 1 peers.  Without a bound new ones might come for ever.
-            may_be_more = self._accept_some(listener, BACKLOG + 1)
-            # Accepting has ended at an empty backlog, or for a shortage: then a peer still waits.
-            shortage = not may_be_more and has_event({fd: READ_ONLY})
-            if shortage:
+            self._accept_some(listener, BACKLOG + 1)
+            paused = fd not in self._poller.masks  # by _accept, for a shortage
+            if paused and has_event({fd: READ_ONLY}):  # a peer still waits
                 return  # the next round tries again
         self._close_listeners()
 
@@ -645,7 +638,7 @@ class Poller:
 
     The busy descriptors are chosen after a full poll that finds more than FEW idle ones.  They are
     those that had an event, or were registered, since the last choice (``_recent``).  A descriptor
-    that is registered later joins ``_busy`` at once.
+    that is registered later joins ``_busy`` at once.  With fewer idle ones every poll is a full one.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -677,8 +670,8 @@ class Poller:
     def poll(self, deadline: float) -> list[tuple[int, int]]:
         """Wait for events until the deadline, in seconds of time.monotonic().
 
-        Unless a full poll is due, the busy descriptors are polled first.  If they have no event,
-        all are polled, even before that is due.  Returns each event with its descriptor.  Raises
+        Unless a full poll is due, the busy descriptors are polled first.  If they have no event, a
+        full poll follows, due or not.  Returns each event with its descriptor.  Raises
         ``OSError`` as poll(2) does.
         """
         events: list[tuple[int, int]] = []
@@ -707,7 +700,7 @@ class Poller:
         """Wait for events until the deadline, which may be past already.
 
         It polls with timeout 0 first: that takes a third of the time of a poll that may wait.
-        If an event ended the last sleep within SPIN, it polls with timeout 0 for that time: to
+        If an event ended the last sleep within SPIN, it polls with timeout 0 for up to SPIN: to
         fall asleep and to wake up again would take longer.
         """
         events = poller.poll(0)
