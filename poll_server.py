@@ -405,7 +405,7 @@ class PollServer:
         with contextlib.suppress(OSError):  # close(2): the descriptor is free all the same
             connection.sock.close()
         self.fd_to_socket.pop(fd, None)
-        self._poller.unregister(fd)  # last: poll() reports what a MemoryError has left (POLLNVAL)
+        self._poller.unregister(fd)
 
     def _close(self, fd: int, why: str, undelivered: int = 0) -> None:
         """Close a connection and log why, with the bytes that its peer will not get."""
@@ -615,9 +615,10 @@ class PollServer:
         for fd, listener in self._listeners.items():
             # A backlog holds BACKLOG + 1 peers.  Without a bound new ones might come for ever.
             self._accept_some(listener, BACKLOG + 1)
-            paused = fd not in self._poller.masks  # by _accept, for a shortage
-            if paused and has_event({fd: READ_ONLY}):  # a peer still waits
-                return  # the next round tries again
+            # A shortage pauses accepting, even if no peer is waiting.
+            paused = fd not in self._poller.masks
+            if paused and has_event({fd: READ_ONLY}):
+                return  # a peer is waiting: the next round tries again
         self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -638,7 +639,7 @@ class Poller:
 
     The busy descriptors are chosen after a full poll that finds more than FEW idle ones.  They are
     those that had an event, or were registered, since the last choice (``_recent``).  A descriptor
-    that is registered later joins ``_busy`` at once.  With fewer idle ones every poll is a full one.
+    that is registered later joins ``_busy`` at once.  With fewer idle ones, all polls are full.
     """
 
     FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
@@ -676,8 +677,8 @@ class Poller:
         """
         events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
-            # poll() rounds a wait up to whole milliseconds.  So it is told to end a millisecond
-            # before the full poll is due, and it does not wait if less than that is left.
+            # poll() rounds a wait up to whole milliseconds, so the wait is to end a millisecond early.
+            # If less than that is left, there is no wait.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             self._recent |= dict(events).keys()
         if not events:
@@ -711,7 +712,9 @@ class Poller:
         if events:
             return events
         sleep_start = time.monotonic()
-        events = poller.poll(max(0.0, deadline - sleep_start) * 1000)
+        if sleep_start >= deadline:
+            return []
+        events = poller.poll((deadline - sleep_start) * 1000)
         sleep_end = time.monotonic()
         self._last_sleep_was_short = bool(events) and sleep_end - sleep_start < self.SPIN
         return events
