@@ -677,8 +677,8 @@ class Poller:
         """
         events: list[tuple[int, int]] = []
         if time.monotonic() < self._next_full_poll:
-            # poll() rounds a wait up to whole milliseconds, so the wait is to end a millisecond early.
-            # If less than that is left, there is no wait.
+            # poll() rounds a wait up to whole milliseconds, so the wait is to end a millisecond
+            # early.  If less than that is left, there is no wait.
             events = self._wait(self._busy, min(deadline, self._next_full_poll - 0.001))
             self._recent |= dict(events).keys()
         if not events:
