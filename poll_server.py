@@ -532,7 +532,7 @@ class PollServer:
                 self._close(fd, "server stopped")
             return
         reads_slowly = undelivered and connection.acknowledged() > connection.acknowledged_before
-        if reads_slowly or has_event({fd: connection.mask()}):
+        if reads_slowly or has_event(fd, connection.mask()):
             connection.silent_rounds = 0
         else:
             idle_timeout = self._tick * self._max_silent_rounds
@@ -615,9 +615,9 @@ class PollServer:
         for fd, listener in self._listeners.items():
             # A backlog holds BACKLOG + 1 peers.  Without a bound new ones might come for ever.
             self._accept_some(listener, BACKLOG + 1)
-            # A shortage pauses accepting, even if no peer is waiting.
+            # accept needs a descriptor also if no peer is waiting, so a pause alone tells nothing.
             paused = fd not in self._poller.masks
-            if paused and has_event({fd: READ_ONLY}):
+            if paused and has_event(fd, READ_ONLY):
                 return  # a peer is waiting: the next round tries again
         self._close_listeners()
 
@@ -642,7 +642,7 @@ class Poller:
     that is registered later joins ``_busy`` at once.  With fewer idle ones, all polls are full.
     """
 
-    FEW = 100  # idle descriptors; for so few, polls of the busy ones alone gain nothing
+    FEW = 100  # idle descriptors; with 0 a turn of 10 busy peers takes 9 % longer
     PATIENCE = 2e-6  # seconds for each descriptor, from one full poll to the next
     SPIN = 50e-6  # seconds to poll without waiting: it makes a single fast peer 2.8 times faster
 
@@ -720,11 +720,10 @@ class Poller:
         return events
 
 
-def has_event(masks: dict[int, int]) -> bool:
-    """Whether a descriptor has an event of its mask now."""
+def has_event(fd: int, mask: int) -> bool:
+    """Whether a descriptor has an event of this mask now; raises ``OSError`` as poll(2) does."""
     poller = select.poll()
-    for fd, mask in masks.items():
-        poller.register(fd, mask)
+    poller.register(fd, mask)
     return bool(poller.poll(0))
 
 
@@ -917,12 +916,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add = parser.add_argument
     add("--host", default="localhost", help="name or address to listen on (default: %(default)s)")
     add("--port", type=port_number, default=8800, help="0: take a free one (default: %(default)s)")
-    add(
-        "--max-connections",
-        type=int,
-        metavar="N",
-        help="peers at a time; others wait in the backlog",
-    )
+    add("--max-connections", type=int, metavar="N", help="peers at a time; the others wait")
     add("--idle-timeout", type=float, metavar="SECONDS", help="0.01 or more: close silent peers")
     add("--reuse-port", action="store_true", help="share the port with other processes")
     loudness = parser.add_mutually_exclusive_group()
