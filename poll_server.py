@@ -615,10 +615,10 @@ class PollServer:
         for fd, listener in self._listeners.items():
             # A backlog holds BACKLOG + 1 peers.  Without a bound new ones might come for ever.
             self._accept_some(listener, BACKLOG + 1)
-            # accept needs a descriptor also if no peer is waiting, so a pause alone tells nothing.
+            # For want of a descriptor accept fails, and accepting is paused, even if no peer waits.
             paused = fd not in self._poller.masks
             if paused and has_event(fd, READ_ONLY):
-                return  # a peer is waiting: the next round tries again
+                return  # a peer waits: the next round tries again
         self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -638,8 +638,9 @@ class Poller:
     event waits for that time at most, and for the work on the events of one poll.
 
     The busy descriptors are chosen after a full poll that finds more than FEW idle ones.  They are
-    those that had an event, or were registered, since the last choice (``_recent``).  A descriptor
-    that is registered later joins ``_busy`` at once.  With fewer idle ones, all polls are full.
+    those that it reports, and those that polls of the busy ones have reported, or that were
+    registered, since the last choice (``_recent``).  A descriptor that is registered later joins
+    ``_busy`` at once.  With fewer idle ones, all polls are full.
     """
 
     FEW = 100  # idle descriptors; with 0 a turn of 10 busy peers takes 9 % longer
