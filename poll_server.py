@@ -616,7 +616,7 @@ class PollServer:
             # A backlog holds BACKLOG + 1 peers.  Without a bound new ones might come for ever.
             self._accept_some(listener, BACKLOG + 1)
             # accept looks for a free descriptor before it looks for a peer.  So a shortage pauses
-            # accepting even if no peer waits.
+            # all listeners even if no peer waits.
             paused = fd not in self._poller.masks
             if paused and has_event(fd, READ_ONLY):
                 return  # a peer waits: the next round tries again
@@ -638,10 +638,10 @@ class Poller:
     time that grows with the number of all descriptors (PATIENCE).  An idle descriptor that gets an
     event waits for that time at most, and for the work on the events of one poll.
 
-    The busy descriptors are chosen after a full poll that finds more than FEW idle ones: those that
-    it reports, and those in ``_recent``.  From one choice to the next, ``_recent`` collects what is
-    registered, and what polls of the busy ones report.  What is registered joins ``_busy`` at once,
-    too.  With fewer idle ones, all polls are full.
+    The busy descriptors are chosen after a full poll that finds more than FEW idle ones.  They are
+    those that had an event, or were registered, since the last choice (``_recent``).  A descriptor
+    that is registered later joins ``_busy`` at once.  With fewer idle ones, all polls are full, and
+    ``_recent`` does not collect what they report.
     """
 
     FEW = 100  # idle descriptors; with 0 a turn of 10 busy peers takes 9 % longer
